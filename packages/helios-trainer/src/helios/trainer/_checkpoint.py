@@ -1,0 +1,172 @@
+"""What a checkpoint of a run holds, and putting a run back into it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from helios.chkpt import find_last_checkpoint, load
+from helios.core.rng import get_rng_state_dict, load_rng_state_dict
+from helios.data import ResumableDataLoader
+from helios.trainer._loop import Cut, StopReason, as_dict, cut_from_dict
+from helios.trainer._model import Model, restore_tables, tables_of
+from helios.trainer._modules import gradients_of, restore_gradients
+from helios.trainer._plugin import PluginRegistry
+from helios.trainer._settings import TrainerSettings
+from helios.trainer._training_state import TrainingState
+from helios.trainer.logging import LogTargets
+
+_ALWAYS = ("training_state", "model", "rng", "data")
+
+
+def build_checkpoint(
+    cut: Cut,
+    stop: StopReason | None,
+    *,
+    settings: TrainerSettings,
+    state: TrainingState,
+    model: Model,
+    plugins: PluginRegistry,
+    train_loader: ResumableDataLoader,
+    targets: LogTargets,
+    event_sizes: Mapping[str, int],
+    is_accumulating: bool,
+) -> dict[str, Any]:
+    """Return everything that a resumed run needs, at a cut of the loop."""
+    own = {
+        "cut": as_dict(cut),
+        "stop": None if stop is None else stop.name,
+        "settings": settings.decisive(),
+        "tables": tables_of(model),
+        "gradients": gradients_of(model) if is_accumulating else {},
+        "event_sizes": dict(event_sizes),
+    }
+    checkpoint: dict[str, Any] = {
+        "training_state": {**state.to_dict(), "trainer": own},
+        "model": model.state_dict(),
+        "data": dict(train_loader.state_dict()),
+    }
+    if targets.log_file is not None:
+        checkpoint["log_path"] = str(targets.log_file)
+    if targets.run_folder is not None:
+        checkpoint["run_path"] = str(targets.run_folder)
+    for plug_id, plugin in plugins.items():
+        checkpoint[plug_id] = plugin.state_dict()
+    checkpoint["rng"] = get_rng_state_dict()  # last, in case a state_dict above drew a number
+    return checkpoint
+
+
+class Resumption:
+    """A checkpoint that a run goes on from, checked.
+
+    Args:
+        path: where it was read from.
+        checkpoint: what it holds.
+
+    Attributes:
+        path: as given.
+        state: the counters.
+        cut: where in the loop it was taken.
+        stop: why training had ended, or None if it had not.
+
+    Raises:
+        ValueError: it lacks a part.
+    """
+
+    def __init__(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        missing = [key for key in _ALWAYS if key not in checkpoint]
+        if missing:
+            raise ValueError(
+                f"{path} lacks {missing[0]!r}, which a run needs to go on; it has {sorted(checkpoint)}"
+            )
+        self.path = path
+        self._checkpoint = checkpoint
+        self.state = TrainingState.from_dict(checkpoint["training_state"])
+        self._own, self.state.trainer = self.state.trainer, {}
+        self.cut = cut_from_dict(self._own["cut"])
+        self.stop = None if self._own["stop"] is None else StopReason[self._own["stop"]]
+
+    def check_settings(self, settings: TrainerSettings) -> None:
+        """Refuse to go on with settings that would make another run of it.
+
+        Raises:
+            ValueError: a decisive setting differs.
+        """
+        for name, now in settings.decisive().items():
+            then = self._own["settings"][name]
+            if now != then:
+                raise ValueError(
+                    f"{self.path} was written with {name}={then}, this trainer has {name}={now}: the run would "
+                    "not go on but become another. Use the old value, or another run_name or chkpt_root"
+                )
+
+    def check_plugins(self, plugins: PluginRegistry) -> None:
+        """Refuse to go on if a plug-in's state is missing.
+
+        Raises:
+            ValueError: the checkpoint has no state of a plug-in.
+        """
+        missing = [plug_id for plug_id in plugins if plug_id not in self._checkpoint]
+        if missing:
+            raise ValueError(
+                f"{self.path} has no state of the plug-in {missing[0]!r}: it was not part of the run"
+            )
+
+    def targets(self) -> LogTargets:
+        """Return where the run wrote."""
+        log_file, run_folder = self._checkpoint.get("log_path"), self._checkpoint.get("run_path")
+        return LogTargets(
+            log_file=None if log_file is None else Path(log_file),
+            run_folder=None if run_folder is None else Path(run_folder),
+        )
+
+    @property
+    def event_sizes(self) -> dict[str, int]:
+        """Sizes of TensorBoard's files at the checkpoint."""
+        sizes: dict[str, int] = self._own["event_sizes"]
+        return sizes
+
+    def restore_objects(
+        self, model: Model, plugins: PluginRegistry, train_loader: ResumableDataLoader
+    ) -> None:
+        """Give model, plug-ins and loader their states; after `setup`."""
+        model.load_state_dict(self._checkpoint["model"])
+        for plug_id, plugin in plugins.items():
+            plugin.load_state_dict(self._checkpoint[plug_id])
+        train_loader.load_state_dict(self._checkpoint["data"])
+
+    def restore_surroundings(self, model: Model) -> None:
+        """Put back what the hooks at the start of training may have touched; last before the loop."""
+        restore_tables(model, self._own["tables"])
+        restore_gradients(model, self._own["gradients"])
+        load_rng_state_dict(self._checkpoint["rng"])
+        self._checkpoint = {}  # or a second copy of the model would stay in memory
+
+
+def find_resumption(root: Path | None, run_name: str, model: Model) -> Resumption | None:
+    """Return the last good checkpoint of a run, or None if there is none."""
+    path = None if root is None else find_last_checkpoint(root, run_name)
+    if path is None:
+        return None
+    types = model.types_for_safe_load()
+    return Resumption(path, load(path, map_location=model.map_loc, safe_types=types))
+
+
+def load_trained_model(root: Path | None, run_name: str, model: Model) -> Path | None:
+    """Give a model its state from the last good checkpoint of a run, for testing; return the file's path."""
+    path = None if root is None else find_last_checkpoint(root, run_name)
+    if path is not None:
+        checkpoint: dict[str, Any] = load(
+            path, map_location=model.map_loc, safe_types=model.types_for_safe_load()
+        )
+        model.load_state_dict(checkpoint["model"])
+    return path
+
+
+def metadata_of(model: Model, name: str) -> str:
+    """Return what the model appends to a checkpoint's name."""
+    answer = model.append_metadata_to_chkpt_name(name)
+    if not isinstance(answer, str):
+        raise TypeError(
+            f"append_metadata_to_chkpt_name must return a str, found {type(answer).__name__} {answer!r}"
+        )
+    return answer.removeprefix(name).removeprefix("_").removesuffix(".pth")

@@ -1,0 +1,218 @@
+"""One call of `fit`: everything between the arguments and the loop, and after it."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from helios.chkpt import CheckpointName, CheckpointStore, format_name
+from helios.core.rng import seed_rngs
+from helios.data import DataModule, ResumableDataLoader
+from helios.trainer._banner import banner, summary
+from helios.trainer._bars import ProgressBars
+from helios.trainer._checkpoint import Resumption, build_checkpoint, find_resumption, metadata_of
+from helios.trainer._execution import Execution, cudnn_benchmark, deterministic_kernels
+from helios.trainer._hooks import Hooks
+from helios.trainer._loop import Cut, CutPoint, StopReason, TrainingLoop, describe
+from helios.trainer._model import Model
+from helios.trainer._modules import OptimizerWatch
+from helios.trainer._plugin import PluginRegistry
+from helios.trainer._settings import TrainerSettings
+from helios.trainer._training_state import TrainingState, TrainingUnit
+from helios.trainer.logging import RunLoggers, get_root_logger
+from helios.trainer.logging._loggers import new_targets
+
+
+class FitRun:
+    """A run of training, from the first seed to the last checkpoint.
+
+    Args:
+        settings: the trainer's settings.
+        execution: this process and its device.
+        model: the user's model, which knows its trainer and device already.
+        datamodule: the user's data, likewise.
+        plugins: the trainer's plug-ins.
+    """
+
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        execution: Execution,
+        model: Model,
+        datamodule: DataModule,
+        plugins: PluginRegistry,
+    ) -> None:
+        self._settings = settings
+        self._execution = execution
+        self._model = model
+        self._datamodule = datamodule
+        self._plugins = plugins
+        self._name = settings.run_name or model.save_name
+        self._store: CheckpointStore | None = None
+        self._state = TrainingState()
+
+    def run(self) -> bool:
+        """Train, or go on training, to the end.
+
+        Returns:
+            Whether there was anything to do; if not, the model was not even set up.
+        """
+        settings = self._settings
+        seed_rngs(settings.random_seed)
+        resumption = find_resumption(settings.chkpt_root, self._name, self._model)
+        if resumption is not None:
+            resumption.check_settings(settings)
+            resumption.check_plugins(self._plugins)
+            self._state = resumption.state
+        with ExitStack() as stack:
+            self._loggers = self._open_loggers(resumption)
+            stack.callback(self._loggers.close)
+            stack.enter_context(logged_exceptions())
+            if resumption is not None and self._is_finished(resumption):
+                return False
+            if settings.chkpt_root is not None and settings.chkpt_frequency is not None:
+                store = CheckpointStore(settings.chkpt_root, self._name, keep_last=settings.keep_last)
+                self._store = stack.enter_context(store)
+            stack.callback(self._datamodule.teardown)
+            stack.enter_context(deterministic_kernels(settings.enable_deterministic))
+            self._watch = stack.enter_context(contextlib.closing(OptimizerWatch()))
+            self._train(resumption, stack)
+        return True
+
+    def _is_finished(self, resumption: Resumption) -> bool:
+        settings, stop, state = self._settings, resumption.stop, resumption.state
+        if stop is None:
+            return False
+        done = state.global_epoch if settings.train_unit is TrainingUnit.EPOCH else state.current_iteration
+        if stop is StopReason.TOTAL_STEPS and done < settings.total_steps:
+            return False  # the run was given more steps
+        get_root_logger().info(
+            "nothing to do: run %s finished before (%s; %s), see %s",
+            self._name,
+            describe(state),
+            stop.value,
+            resumption.path,
+        )
+        return True
+
+    def _open_loggers(self, resumption: Resumption | None) -> RunLoggers:
+        settings = self._settings
+        targets = new_targets(
+            self._name,
+            settings.log_path if settings.enable_file_logging else None,
+            settings.run_path if settings.enable_tensorboard else None,
+        )
+        if resumption is not None:
+            targets = targets.restored(resumption.targets())
+        return RunLoggers(
+            targets,
+            capture_warnings=settings.capture_warnings,
+            event_sizes=None if resumption is None else resumption.event_sizes,
+        )
+
+    def _train(self, resumption: Resumption | None, stack: ExitStack) -> None:
+        settings, model = self._settings, self._model
+        if settings.print_banner:
+            path = None if resumption is None else resumption.path
+            text = banner(self._name, settings, self._execution, path)
+            get_root_logger().info("%s", model.append_to_banner(text))
+        self._train_loader, valid_loader = self._load_data()
+        for plugin in self._plugins.values():
+            plugin.setup()
+            plugin.configure_model(model)
+        model.setup(fast_init=False)
+        if resumption is not None:
+            resumption.restore_objects(model, self._plugins, self._train_loader)
+        self._hooks = Hooks(model, self._plugins)
+        self._hooks.training_start()
+        if resumption is not None:
+            resumption.restore_surroundings(model)
+        bars = ProgressBars(settings.enable_progress_bar, settings.train_unit, settings.total_steps)
+        stack.callback(bars.close)
+        stack.enter_context(cudnn_benchmark(settings.enable_cudnn_benchmark))
+        loop = TrainingLoop(
+            settings,
+            self._state,
+            self._hooks,
+            train_loader=self._train_loader,
+            valid_loader=valid_loader,
+            bars=bars,
+            save=self._save,
+            watch=self._watch,
+        )
+        self._run_loop(loop, bars, None if resumption is None else resumption.cut)
+
+    def _run_loop(self, loop: TrainingLoop, bars: ProgressBars, cut: Cut | None) -> None:
+        state = self._state
+        began_s, batches_before = time.perf_counter(), state.global_iteration
+        is_within_epoch = cut is not None and cut.point is not CutPoint.FINISHED
+        bars.start(state, finished_epochs=state.global_epoch - is_within_epoch)
+        stop = loop.run(cut)
+        bars.close()
+        self._hooks.training_end()
+        self._save(Cut(CutPoint.FINISHED), stop)
+        last = None if self._store is None else self._store.last()
+        elapsed_s = time.perf_counter() - began_s
+        num_batches = state.global_iteration - batches_before
+        get_root_logger().info("%s", summary(state, stop.value, num_batches, elapsed_s, last))
+
+    def _load_data(self) -> tuple[ResumableDataLoader, ResumableDataLoader | None]:
+        datamodule = self._datamodule
+        datamodule.prepare_data()
+        datamodule.setup()
+        train_loader = datamodule.train_dataloader()
+        if train_loader is None:
+            raise ValueError(
+                f"{type(datamodule).__name__} has no training split: its setup must assign self._train_dataset"
+            )
+        if self._settings.valid_frequency is None:
+            return train_loader, None
+        valid_loader = datamodule.valid_dataloader()
+        if valid_loader is None:
+            raise ValueError(
+                f"valid_frequency is {self._settings.valid_frequency}, but {type(datamodule).__name__} has no "
+                "validation split: its setup must assign self._valid_dataset"
+            )
+        return train_loader, valid_loader
+
+    def _save(self, cut: Cut, stop: StopReason | None = None) -> None:
+        if self._store is None:
+            return
+        settings, state, model = self._settings, self._state, self._model
+        is_accumulating = (
+            state.global_iteration % settings.accumulation_steps != 0 or not self._watch.has_stepped
+        )
+        name = CheckpointName(self._name, state.global_epoch, state.global_iteration)
+        metadata = metadata_of(model, format_name(name).removesuffix(".pth"))
+        checkpoint = build_checkpoint(
+            cut,
+            stop,
+            settings=settings,
+            state=state,
+            model=model,
+            plugins=self._plugins,
+            train_loader=self._train_loader,
+            targets=self._loggers.targets,
+            event_sizes=self._loggers.event_sizes(),
+            is_accumulating=is_accumulating,
+        )
+        place: dict[str, Any] = {
+            "epoch": state.global_epoch,
+            "iteration": state.global_iteration,
+            "metadata": metadata,
+        }
+        if settings.async_chkpt and stop is None:
+            self._store.save_async(checkpoint, **place)
+        else:
+            self._store.save(checkpoint, **place)
+
+
+@contextmanager
+def logged_exceptions() -> Iterator[None]:
+    """Write the traceback of an exception to the log before the log is closed."""
+    try:
+        yield
+    except Exception as error:
+        get_root_logger().error("%s: %s", type(error).__name__, error, exc_info=error)
+        raise

@@ -1,0 +1,106 @@
+"""The hooks of a run: plug-ins first, then the model."""
+
+from collections.abc import Callable
+from typing import Any
+
+from helios.trainer._model import Model
+from helios.trainer._plugin import Plugin, PluginRegistry
+from helios.trainer._training_state import TrainingState
+
+
+class Hooks:
+    """Calls what plug-ins and model have to say, in that order.
+
+    Args:
+        model: the user's model.
+        plugins: the trainer's plug-ins.
+    """
+
+    def __init__(self, model: Model, plugins: PluginRegistry) -> None:
+        self.model = model
+        self._plugins: list[Plugin] = list(plugins.values())
+        self._training_batch = plugins.owner_of("training_batch")
+        self._validation_batch = plugins.owner_of("validation_batch")
+        self._testing_batch = plugins.owner_of("testing_batch")
+        self._stopper = plugins.owner_of("should_training_stop")
+
+    def training_start(self) -> None:
+        """Training starts, or goes on."""
+        for plugin in self._plugins:
+            plugin.on_training_start()
+        self.model.on_training_start()
+        self.model.train()
+
+    def training_batch(self, batch: Any, state: TrainingState, should_log: bool) -> None:
+        """Train on one batch."""
+        model = self.model
+        model.on_training_batch_start(state)
+        if self._training_batch is not None:
+            batch = self._training_batch.process_training_batch(batch, state)
+        model.train_step(batch, state)
+        model.on_training_batch_end(state, should_log)
+
+    def should_stop(self) -> bool:
+        """Whether a plug-in or the model wants training to stop."""
+        if self._stopper is not None and self._stopper.should_training_stop():
+            return True
+        return self.model.should_training_stop()
+
+    def training_end(self) -> None:
+        """Training has ended."""
+        for plugin in self._plugins:
+            plugin.on_training_end()
+        self.model.on_training_end()
+
+    def validation_start(self, cycle: int) -> None:
+        """A validation starts."""
+        self.model.eval()
+        for plugin in self._plugins:
+            plugin.on_validation_start(cycle)
+        self.model.on_validation_start(cycle)
+
+    def validation_batch(self, batch: Any, step: int) -> None:
+        """Validate on one batch."""
+        model = self.model
+        model.on_validation_batch_start(step)
+        if self._validation_batch is not None:
+            batch = self._validation_batch.process_validation_batch(batch, step)
+        model.valid_step(batch, step)
+        model.on_validation_batch_end(step)
+
+    def validation_end(self, cycle: int) -> None:
+        """A validation has ended."""
+        for plugin in self._plugins:
+            plugin.on_validation_end(cycle)
+        self.model.on_validation_end(cycle)
+        self.model.train()
+
+    def testing_start(self) -> None:
+        """Testing starts."""
+        self.model.eval()
+        for plugin in self._plugins:
+            plugin.on_testing_start()
+        self.model.on_testing_start()
+
+    def testing_batch(self, batch: Any, step: int) -> None:
+        """Test on one batch."""
+        model = self.model
+        model.on_testing_batch_start(step)
+        if self._testing_batch is not None:
+            batch = self._testing_batch.process_testing_batch(batch, step)
+        model.test_step(batch, step)
+        model.on_testing_batch_end(step)
+
+    def testing_end(self) -> None:
+        """Testing has ended."""
+        for plugin in self._plugins:
+            plugin.on_testing_end()
+        self.model.on_testing_end()
+
+
+def evaluate(loader: Any, on_batch: Callable[[Any, int], None], bar: Any) -> None:
+    """Run a whole validation or test, showing it on a bar."""
+    with bar:
+        for step, batch in enumerate(loader):
+            on_batch(batch, step)
+            bar.update(1)

@@ -1,0 +1,240 @@
+"""The training loop, one for both units, that can be entered again at any point where it saves.
+
+What it does, by ITERATION on the left and by EPOCH on the right:
+
+    each epoch                                each epoch
+      on_training_epoch_start                   on_training_epoch_start
+      each batch                                each batch
+        train on it                               train on it
+        should_training_stop?                     should_training_stop?
+        after a complete iteration:             after the last batch:
+          validate, if due                        validate, if due
+          save, if due          <- cut            save, if due          <- cut
+          if validated: improved? stop?           if validated: improved? stop?
+          enough iterations?
+      on_training_epoch_end                     on_training_epoch_end
+                                                should_training_stop?
+                                                enough epochs?
+
+A checkpoint is a cut at the place marked: what follows it is done again, first, by the run that resumes.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+
+from helios.data import ResumableDataLoader
+from helios.trainer._bars import ProgressBars
+from helios.trainer._execution import cudnn_benchmark
+from helios.trainer._hooks import Hooks, evaluate
+from helios.trainer._modules import OptimizerWatch
+from helios.trainer._settings import TrainerSettings
+from helios.trainer._training_state import TrainingState, TrainingUnit
+
+
+class StopReason(Enum):
+    """Why training ended."""
+
+    TOTAL_STEPS = "total_steps reached"
+    NOT_IMPROVED = "early_stop_cycles validations in a row without improvement"
+    REQUESTED = "should_training_stop"
+
+
+class CutPoint(Enum):
+    """Where in the loop a checkpoint was taken."""
+
+    ITERATION = "iteration"
+    EPOCH_END = "epoch end"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place in the loop.
+
+    Attributes:
+        point: after an iteration, after an epoch's last batch, or after everything.
+        has_validated: a validation came just before, so the checks that follow one are still to be made.
+    """
+
+    point: CutPoint
+    has_validated: bool = False
+
+
+class TrainingLoop:
+    """Trains until there is a reason to stop.
+
+    Args:
+        settings: the trainer's settings.
+        state: the counters, which the loop advances.
+        hooks: plug-ins and model.
+        train_loader: loader of the training split.
+        valid_loader: loader of the validation split, if there are validations.
+        bars: progress bars.
+        save: saves a checkpoint at a cut.
+        watch: told when a batch begins.
+    """
+
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        state: TrainingState,
+        hooks: Hooks,
+        *,
+        train_loader: ResumableDataLoader,
+        valid_loader: ResumableDataLoader | None,
+        bars: ProgressBars,
+        save: Callable[[Cut], None],
+        watch: OptimizerWatch,
+    ) -> None:
+        self._settings = settings
+        self._state = state
+        self._hooks = hooks
+        self._train_loader = train_loader
+        self._valid_loader = valid_loader
+        self._bars = bars
+        self._save = save
+        self._watch = watch
+        self._by_epoch = settings.train_unit is TrainingUnit.EPOCH
+
+    def run(self, cut: Cut | None) -> StopReason:
+        """Train from the beginning, or from the cut of the checkpoint that was restored."""
+        stop: StopReason | None = None
+        if cut is not None:
+            stop = self._go_on_from(cut)
+        while stop is None:
+            self._begin_epoch()
+            stop = self._run_epoch()
+        return stop
+
+    def _go_on_from(self, cut: Cut) -> StopReason | None:
+        """Do what the interrupted run would have done between the cut and the next epoch."""
+        self._bars.start_epoch(self._state, len(self._train_loader))
+        if cut.point is CutPoint.EPOCH_END:
+            return self._end_epoch(self._check_after_validation(cut.has_validated))
+        if cut.point is CutPoint.FINISHED and self._is_epoch_over():
+            return self._end_of_steps()  # the epoch's end came before
+        return self._run_epoch(self._check_after_validation(cut.has_validated) or self._end_of_steps())
+
+    def _is_epoch_over(self) -> bool:
+        return self._train_loader.epoch >= self._state.global_epoch
+
+    def _begin_epoch(self) -> None:
+        state = self._state
+        state.global_epoch += 1
+        state.dataset_iter = 0
+        self._train_loader.set_epoch(state.global_epoch - 1)
+        self._bars.start_epoch(state, len(self._train_loader))
+        self._hooks.model.on_training_epoch_start(state.global_epoch)
+
+    def _run_epoch(self, stop: StopReason | None = None) -> StopReason | None:
+        """Run what is left of the epoch in progress, and end it."""
+        # A loader that was saved after its last batch stands at the next epoch already.
+        if stop is None and not self._is_epoch_over():
+            stop = self._run_batches()
+        if stop is None and self._by_epoch:
+            self._state.dataset_iter = 0
+            stop = self._validate_and_save(self._state.global_epoch, CutPoint.EPOCH_END)
+        return self._end_epoch(stop)
+
+    def _end_epoch(self, stop: StopReason | None) -> StopReason | None:
+        self._hooks.model.on_training_epoch_end(self._state.global_epoch)
+        self._bars.finish_epoch()
+        if self._by_epoch and stop is None:
+            if self._hooks.should_stop():
+                return StopReason.REQUESTED
+            return self._end_of_steps()
+        return stop
+
+    def _run_batches(self) -> StopReason | None:
+        state, hooks, accumulation = self._state, self._hooks, self._settings.accumulation_steps
+        num_batches, model = len(self._train_loader), hooks.model
+        began_s = time.perf_counter()
+        for batch in self._train_loader:
+            state.dataset_iter += 1
+            state.global_iteration += 1
+            is_complete = self._by_epoch or state.global_iteration % accumulation == 0
+            if is_complete:
+                state.current_iteration += 1
+                state.running_iter += 1
+            self._watch.has_stepped = False
+            hooks.training_batch(batch, state, is_complete and self._should_log(num_batches))
+            now_s = time.perf_counter()
+            state.average_iter_time += (now_s - began_s - state.average_iter_time) / state.global_iteration
+            self._bars.finish_batch(is_complete, model._loss_items or model.metrics)
+            if hooks.should_stop():
+                return StopReason.REQUESTED
+            if is_complete and not self._by_epoch:
+                stop = self._validate_and_save(state.current_iteration, CutPoint.ITERATION)
+                if stop is not None:
+                    return stop
+            began_s = time.perf_counter()
+        return None
+
+    def _should_log(self, num_batches: int) -> bool:
+        if self._by_epoch:  # frequencies count epochs: once, at the last batch
+            is_last = self._state.dataset_iter == num_batches
+            return is_last and _is_due(self._settings.print_frequency, self._state.global_epoch)
+        return _is_due(self._settings.print_frequency, self._state.current_iteration)
+
+    def _validate_and_save(self, step: int, point: CutPoint) -> StopReason | None:
+        """Do what is due after a step: validation, checkpoint, and the checks that follow a validation."""
+        has_validated = _is_due(self._settings.valid_frequency, step)
+        if has_validated:
+            self._validate()
+        if _is_due(self._settings.chkpt_frequency, step):
+            self._save(Cut(point, has_validated))
+        stop = self._check_after_validation(has_validated)
+        if stop is None and point is CutPoint.ITERATION:
+            stop = self._end_of_steps()
+        return stop
+
+    def _validate(self) -> None:
+        state, loader = self._state, self._valid_loader
+        assert loader is not None, "checked before the loop began"
+        state.validation_cycles += 1
+        # Another pass for every validation, whatever number it has in this process.
+        loader.set_epoch(state.validation_cycles - 1)
+        self._hooks.validation_start(state.validation_cycles)
+        with torch.no_grad(), cudnn_benchmark(False):
+            evaluate(loader, self._hooks.validation_batch, self._bars.evaluation("validation", len(loader)))
+        self._hooks.validation_end(state.validation_cycles)
+        state.running_iter = 0
+
+    def _check_after_validation(self, has_validated: bool) -> StopReason | None:
+        if not has_validated:
+            return None
+        cycles = self._settings.early_stop_cycles
+        improved = self._hooks.model.have_metrics_improved()
+        if cycles is not None:
+            self._state.early_stop_count = 0 if improved else self._state.early_stop_count + 1
+            if self._state.early_stop_count >= cycles:
+                return StopReason.NOT_IMPROVED
+        return StopReason.REQUESTED if self._hooks.should_stop() else None
+
+    def _end_of_steps(self) -> StopReason | None:
+        done = self._state.global_epoch if self._by_epoch else self._state.current_iteration
+        return StopReason.TOTAL_STEPS if done >= self._settings.total_steps else None
+
+
+def _is_due(frequency: int | None, count: int) -> bool:
+    return frequency is not None and count % frequency == 0
+
+
+def describe(state: TrainingState) -> str:
+    """Say where training stands."""
+    return f"epoch {state.global_epoch}, iteration {state.global_iteration}"
+
+
+def as_dict(cut: Cut) -> dict[str, Any]:
+    """Return a cut as plain values, for a checkpoint."""
+    return {"point": cut.point.value, "has_validated": cut.has_validated}
+
+
+def cut_from_dict(values: dict[str, Any]) -> Cut:
+    """Return the cut that `as_dict` wrote."""
+    return Cut(CutPoint(values["point"]), values["has_validated"])

@@ -1,0 +1,159 @@
+"""The arguments of a Trainer, checked once."""
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from helios.core.rng import DEFAULT_SEED
+from helios.trainer._training_state import TrainingUnit
+
+_FLAGS = (
+    "enable_cudnn_benchmark",
+    "enable_deterministic",
+    "enable_tensorboard",
+    "enable_file_logging",
+    "capture_warnings",
+    "enable_progress_bar",
+    "print_banner",
+    "async_chkpt",
+)
+_OPTIONAL_COUNTS = (
+    "valid_frequency",
+    "chkpt_frequency",
+    "print_frequency",
+    "early_stop_cycles",
+    "keep_last",
+    "nprocs",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """What a Trainer was asked for; see `Trainer` for the meaning of each.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range or contradicts another.
+    """
+
+    run_name: str
+    train_unit: TrainingUnit
+    total_steps: int | float
+    valid_frequency: int | None
+    chkpt_frequency: int | None
+    print_frequency: int | None
+    accumulation_steps: int
+    enable_cudnn_benchmark: bool
+    enable_deterministic: bool
+    early_stop_cycles: int | None
+    use_cpu: bool | None
+    gpus: list[int] | None
+    random_seed: int
+    enable_tensorboard: bool
+    enable_file_logging: bool
+    capture_warnings: bool
+    enable_progress_bar: bool
+    chkpt_root: Path | None
+    log_path: Path | None
+    run_path: Path | None
+    print_banner: bool
+    keep_last: int | None
+    async_chkpt: bool
+    nprocs: int | None
+
+    def __post_init__(self) -> None:
+        _check_run_name(self.run_name)
+        if not isinstance(self.train_unit, TrainingUnit):
+            raise TypeError(
+                f"train_unit must be a TrainingUnit, found {type(self.train_unit).__name__} "
+                f"{self.train_unit!r}; TrainingUnit.from_str reads a name"
+            )
+        for name in _FLAGS:
+            _check_flag(name, getattr(self, name))
+        for name in _OPTIONAL_COUNTS:
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name), minimum=1)
+        _check_count("accumulation_steps", self.accumulation_steps, minimum=1)
+        _check_count("random_seed", self.random_seed, minimum=0)
+        if self.random_seed >= 2**64:
+            raise ValueError(f"random_seed must be less than 2**64, found {self.random_seed}")
+        self._check_end()
+        self._check_pairs()
+
+    def _check_end(self) -> None:
+        if isinstance(self.total_steps, float) and self.total_steps == math.inf:
+            if self.early_stop_cycles is None:
+                raise ValueError(
+                    "total_steps is infinite and nothing else ends the run: set early_stop_cycles and "
+                    "valid_frequency too, or give a large int if should_training_stop will end it"
+                )
+        elif isinstance(self.total_steps, float):
+            raise TypeError(f"total_steps must be an int or infinity, found {self.total_steps!r}")
+        else:
+            _check_count("total_steps", self.total_steps, minimum=0)
+        if self.early_stop_cycles is not None and self.valid_frequency is None:
+            raise ValueError(
+                f"early_stop_cycles={self.early_stop_cycles} counts validations, but valid_frequency is None: "
+                "set it too"
+            )
+
+    def _check_pairs(self) -> None:
+        if self.enable_deterministic and self.enable_cudnn_benchmark:
+            raise ValueError(
+                "enable_deterministic and enable_cudnn_benchmark exclude each other: benchmarking chooses "
+                "kernels by their speed on the day; set one of them to False"
+            )
+        for flag, name in (("enable_tensorboard", "run_path"), ("enable_file_logging", "log_path")):
+            if getattr(self, flag) and getattr(self, name) is None:
+                raise ValueError(f"{flag} is True, but {name} is None: say where to write, or leave it False")
+        for name in ("chkpt_root", "log_path", "run_path"):
+            path = getattr(self, name)
+            if path is not None and path.exists() and not path.is_dir():
+                raise ValueError(f"{name} must be a folder, found the file {path}")
+        if self.nprocs is not None and self.nprocs > 1:
+            raise ValueError(
+                f"nprocs must be None or 1, found {self.nprocs}: this release trains in one process"
+            )
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings that a resumed run must share with the run it continues."""
+        return {
+            "train_unit": self.train_unit.name,
+            "accumulation_steps": self.accumulation_steps,
+            "random_seed": self.random_seed,
+        }
+
+
+def make_settings(**arguments: Any) -> TrainerSettings:
+    """Make settings from a Trainer's arguments: None is the default seed, a str may stand for a path."""
+    for name in ("chkpt_root", "log_path", "run_path"):
+        value = arguments[name]
+        if value is not None and not isinstance(value, str | Path):
+            raise TypeError(f"{name} must be a path, found {type(value).__name__} {value!r}")
+        arguments[name] = None if value is None else Path(value)
+    if arguments["random_seed"] is None:
+        arguments["random_seed"] = DEFAULT_SEED
+    assert set(arguments) == {f.name for f in fields(TrainerSettings)}
+    return TrainerSettings(**arguments)
+
+
+def _check_run_name(run_name: object) -> None:
+    if not isinstance(run_name, str):
+        raise TypeError(f"run_name must be a str, found {type(run_name).__name__} {run_name!r}")
+    if "/" in run_name or "\\" in run_name or not run_name.isprintable():
+        raise ValueError(
+            f"run_name becomes part of file names: it must be printable, without / and \\, found {run_name!r}"
+        )
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, found {type(value).__name__} {value!r}")
+
+
+def _check_count(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, found {type(value).__name__} {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be {minimum} or more, found {value}")

@@ -1,0 +1,183 @@
+"""Trainer: the arguments, and what the user calls."""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from helios.data import DataModule
+from helios.trainer._execution import select_execution
+from helios.trainer._fit import FitRun
+from helios.trainer._model import Model
+from helios.trainer._plugin import PluginRegistry
+from helios.trainer._settings import make_settings
+from helios.trainer._test_run import run_test
+from helios.trainer._training_state import TrainingUnit
+
+Result = TypeVar("Result")
+PathArgument = str | os.PathLike[str]
+
+
+class Trainer:
+    """Trains a Model on a DataModule; a run that is killed and started again ends with the same bits.
+
+    Args:
+        run_name: name of the run, in checkpoints and logs; empty takes the model's `save_name`.
+        train_unit: what `total_steps` and the frequencies count.
+        total_steps: epochs or iterations to train for; infinity needs `early_stop_cycles`.
+        valid_frequency: epochs or complete iterations between validations; None never validates.
+        chkpt_frequency: epochs or complete iterations between checkpoints. Needs `chkpt_root`.
+        print_frequency: epochs or complete iterations between calls of `on_training_batch_end` with
+            `should_log`; by EPOCH it is the last batch of the epoch that logs.
+        accumulation_steps: batches whose gradients the model accumulates. By ITERATION, that many batches
+            make one iteration. By EPOCH it changes no count.
+        enable_cudnn_benchmark: let cuDNN choose kernels by speed, while training only.
+        enable_deterministic: use deterministic kernels, on the CPU too.
+        early_stop_cycles: stop after this many validations in a row without improvement.
+        use_cpu: train on the CPU.
+        gpus: ids of the CUDA devices to train on; None takes CUDA if there is any. One id, in this release.
+        random_seed: seed of all generators; None is 6691.
+        enable_tensorboard: write TensorBoard events below `run_path`.
+        enable_file_logging: write a log file below `log_path`.
+        capture_warnings: write Python's warnings to the logs.
+        enable_progress_bar: show progress bars.
+        chkpt_root: folder of the checkpoints. The run goes on from the last good one in it.
+        log_path: folder of log files.
+        run_path: folder of TensorBoard folders.
+        print_banner: say at the start what is run, and on what.
+        keep_last: how many checkpoints to keep; None keeps all.
+        async_chkpt: write checkpoints in the background.
+        nprocs: processes to train in; 1, in this release.
+
+    Attributes:
+        settings: the arguments, checked.
+        train_exceptions: types of exceptions that `fit` passes unchanged.
+        test_exceptions: types of exceptions that `test` passes unchanged.
+        plugins: the plug-ins; `plugins.append(plugin)` adds one.
+        queue: a multiprocessing queue in spawned processes; None otherwise.
+        rank: number of this process in the run.
+        local_rank: number of this process on its machine.
+        gpu_ids: the CUDA devices of the run.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range or contradicts another, or the machine.
+    """
+
+    def __init__(
+        self,
+        run_name: str = "",
+        train_unit: TrainingUnit = TrainingUnit.EPOCH,
+        total_steps: int | float = 0,
+        valid_frequency: int | None = None,
+        chkpt_frequency: int | None = None,
+        print_frequency: int | None = None,
+        accumulation_steps: int = 1,
+        enable_cudnn_benchmark: bool = False,
+        enable_deterministic: bool = False,
+        early_stop_cycles: int | None = None,
+        use_cpu: bool | None = None,
+        gpus: list[int] | None = None,
+        random_seed: int | None = None,
+        enable_tensorboard: bool = False,
+        enable_file_logging: bool = False,
+        capture_warnings: bool = False,
+        enable_progress_bar: bool = False,
+        chkpt_root: PathArgument | None = None,
+        log_path: PathArgument | None = None,
+        run_path: PathArgument | None = None,
+        print_banner: bool = True,
+        keep_last: int | None = None,
+        async_chkpt: bool = True,
+        nprocs: int | None = None,
+    ) -> None:
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        self.settings = make_settings(**arguments)
+        self._execution = select_execution(use_cpu, gpus)
+        self.train_exceptions: list[type[BaseException]] = []
+        self.test_exceptions: list[type[BaseException]] = []
+        self.plugins = PluginRegistry()
+        self.queue: Any = None
+        self.rank = self._execution.rank
+        self.local_rank = self._execution.local_rank
+        self.gpu_ids = list(self._execution.gpu_ids)
+        self._trained: Model | None = None
+
+    def fit(self, model: Model, datamodule: DataModule) -> bool:
+        """Train, going on from the last good checkpoint of the run if there is one.
+
+        A run that has finished is not trained again, unless `total_steps` ended it and is larger now.
+
+        Args:
+            model: what to train.
+            datamodule: what to train it on.
+
+        Returns:
+            True: the run has finished, now or before. Whatever prevents that raises.
+
+        Raises:
+            TypeError: an argument is not what it should be, or the model has no `train_step`.
+            ValueError: `total_steps` is 0.
+            RuntimeError: anything went wrong in between; its cause is the exception itself. Exceptions of
+                the types in `train_exceptions` are passed unchanged.
+        """
+        self._check(model, datamodule)
+        if type(model).train_step is Model.train_step:
+            raise TypeError(f"model must define train_step to be trained, {type(model).__name__} does not")
+        if self.settings.total_steps == 0:
+            raise ValueError("total_steps is 0, there is nothing to train: give the Trainer a total_steps")
+        self._introduce(model, datamodule)
+        run = FitRun(self.settings, self._execution, model, datamodule, self.plugins)
+        self._trained = None
+        if _call(run.run, "training", self.train_exceptions):
+            self._trained = model
+        return True
+
+    def test(self, model: Model, datamodule: DataModule) -> bool:
+        """Test a model: as `fit` left it, or else set up and loaded from the last checkpoint of the run.
+
+        Args:
+            model: what to test.
+            datamodule: what to test it on.
+
+        Returns:
+            True: all of the test split was tested. Whatever prevents that raises.
+
+        Raises:
+            TypeError: an argument is not what it should be.
+            RuntimeError: anything went wrong in between; its cause is the exception itself. Exceptions of
+                the types in `test_exceptions` are passed unchanged.
+        """
+        self._check(model, datamodule)
+        self._introduce(model, datamodule)
+        is_trained = self._trained is model
+        _call(
+            lambda: run_test(self.settings, model, datamodule, self.plugins, is_trained),
+            "testing",
+            self.test_exceptions,
+        )
+        return True
+
+    def _check(self, model: Model, datamodule: DataModule) -> None:
+        if not isinstance(model, Model):
+            raise TypeError(f"model must be a Model, found {type(model).__name__}")
+        if not isinstance(datamodule, DataModule):
+            raise TypeError(f"datamodule must be a DataModule, found {type(datamodule).__name__}")
+
+    def _introduce(self, model: Model, datamodule: DataModule) -> None:
+        """Make those who work together known to each other."""
+        for plugin in self.plugins.values():
+            plugin.trainer = self
+            plugin.configure_trainer(self)
+        model.trainer = datamodule.trainer = self
+        model.device = self._execution.device
+        model.rank = self._execution.rank
+        model.is_distributed = datamodule.is_distributed = self._execution.is_distributed
+
+
+def _call(run: Callable[[], Result], activity: str, passed: list[type[BaseException]]) -> Result:
+    try:
+        return run()
+    except Exception as error:
+        if isinstance(error, tuple(passed)):
+            raise
+        raise RuntimeError(f"{activity} failed: {type(error).__name__}: {error}") from error

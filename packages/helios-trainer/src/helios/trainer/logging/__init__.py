@@ -1,0 +1,5 @@
+"""The logger and the TensorBoard writer of the run in progress."""
+
+from helios.trainer.logging._loggers import LogTargets, RunLoggers, get_root_logger, get_tensorboard_writer
+
+__all__ = ["LogTargets", "RunLoggers", "get_root_logger", "get_tensorboard_writer"]
