@@ -1,0 +1,40 @@
+"""Checkpoint files that are atomic, verified, safe and versioned.
+
+`save` and `load` write and read one file; `CheckpointStore` keeps those of a run; `find_last_checkpoint`
+finds the one to resume from. Errors about what is in a file are subclasses of `CheckpointError`.
+"""
+
+from helios.chkpt._errors import (
+    CheckpointError,
+    CorruptError,
+    NotACheckpointError,
+    TruncatedError,
+    UnsafeError,
+    VersionTooNewError,
+    VersionTooOldError,
+)
+from helios.chkpt._find import find_last_checkpoint
+from helios.chkpt._naming import CheckpointName, format_name, parse_name
+from helios.chkpt._read import load, verify
+from helios.chkpt._store import CheckpointStore
+from helios.chkpt._version import __version__
+from helios.chkpt._write import save
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointName",
+    "CheckpointStore",
+    "CorruptError",
+    "NotACheckpointError",
+    "TruncatedError",
+    "UnsafeError",
+    "VersionTooNewError",
+    "VersionTooOldError",
+    "__version__",
+    "find_last_checkpoint",
+    "format_name",
+    "load",
+    "parse_name",
+    "save",
+    "verify",
+]

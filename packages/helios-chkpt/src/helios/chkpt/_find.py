@@ -1,0 +1,84 @@
+"""Finding checkpoints in a folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from helios.chkpt._arguments import as_path
+from helios.chkpt._errors import CheckpointError
+from helios.chkpt._naming import CheckpointName, check_text, parse_name
+from helios.chkpt._read import verify
+
+_LOGGER = logging.getLogger("helios.chkpt")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file in a folder whose name is that of a checkpoint."""
+
+    path: Path
+    name: CheckpointName
+    mtime_ns: int
+
+
+def find_last_checkpoint(root: str | os.PathLike[str], run_name: str | None = None) -> Path | None:
+    """The checkpoint directly in `root` with the highest (epoch, iteration) that passes `verify`.
+
+    Of several with the same numbers the one changed last counts. Each file that is skipped is reported, with
+    the reason, as a warning of the logger ``helios.chkpt``. A whole file of another release counts, so that
+    `load` can say what to do with it.
+
+    Args:
+        root: the folder.
+        run_name: look at this run only; None for all.
+
+    Returns:
+        The path, or None if there is none or no folder `root`.
+
+    Raises:
+        NotADirectoryError: `root` is a file.
+        OSError: the folder cannot be read.
+        TypeError, ValueError: a wrong argument.
+    """
+    folder = as_path("root", root)
+    if run_name is not None:
+        check_run_name(run_name)
+    return next((found.path for found in reversed(listed(folder, run_name)) if verifies(found.path)), None)
+
+
+def check_run_name(run_name: object) -> None:
+    """TypeError or ValueError unless `run_name` can be the name of a run."""
+    check_text("run_name", run_name)
+    if not run_name:
+        raise ValueError("run_name: expected at least one character, got ''")
+
+
+def listed(folder: Path, run_name: str | None) -> list[Found]:
+    """Files named as checkpoints, rising by (epoch, iteration, time of change, name)."""
+    found: list[Found] = []
+    try:
+        entries = list(folder.iterdir())
+    except FileNotFoundError:
+        return found
+    for path in entries:
+        name = parse_name(path.name)
+        if name is not None and run_name in (None, name.run_name):
+            try:
+                found.append(Found(path, name, path.stat().st_mtime_ns))
+            except OSError as error:  # a link to nothing, or deleted since
+                _LOGGER.warning("skipped %s: %s", path, error)
+    found.sort(key=lambda f: (f.name.epoch, f.name.iteration, f.mtime_ns, f.path.name))
+    return found
+
+
+def verifies(path: Path) -> bool:
+    """Whether `path` passes `verify`; the reason why not is logged."""
+    try:
+        verify(path)
+    except (CheckpointError, OSError) as error:
+        _LOGGER.warning("skipped %s: %s: %s", path, type(error).__name__, error)
+        return False
+    return True
