@@ -54,12 +54,12 @@ class DataModule:
         is_distributed: deal the samples out to the ranks of torch.distributed; the trainer sets it.
     """
 
-    def __init__(self) -> None:
-        self.trainer: Any = None
-        self.is_distributed: bool = False
-        self._train_dataset: SplitDataset | None = None
-        self._valid_dataset: SplitDataset | None = None
-        self._test_dataset: SplitDataset | None = None
+    # Of the class, so that a subclass whose __init__ does not call ours works too.
+    trainer: Any = None
+    is_distributed: bool = False
+    _train_dataset: SplitDataset | None = None
+    _valid_dataset: SplitDataset | None = None
+    _test_dataset: SplitDataset | None = None
 
     def prepare_data(self) -> None:
         """Download and convert; runs once, in one process, before all else. Assign no state here."""
@@ -119,6 +119,7 @@ class DataModule:
     def _create_dataloader(self, split: SplitDataset | None) -> ResumableDataLoader | None:
         if split is None:
             return None
+        _check_split(split)
         options = split.params.to_dict()
         # A sampler of the user's own knows about ranks already.
         options["is_distributed"] = split.params.is_distributed or self.is_distributed
@@ -126,4 +127,12 @@ class DataModule:
 
 
 def _dataset_of(split: SplitDataset | None) -> Any:
-    return None if split is None else split.dataset
+    return None if split is None else _check_split(split).dataset
+
+
+def _check_split(split: Any) -> SplitDataset:
+    if not isinstance(split, SplitDataset):
+        raise TypeError(
+            f"a split must be assigned as self._create_dataset(dataset, params), found {type(split).__name__}"
+        )
+    return split

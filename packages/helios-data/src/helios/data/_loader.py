@@ -1,5 +1,6 @@
 """A DataLoader that can say what the loop has received, and go on from there."""
 
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +32,9 @@ class ResumableDataLoader(DataLoader[Any]):
 
     It counts what the training loop has received: batches that workers fetched ahead are not counted. A
     completed pass goes on to the next epoch by itself; an iteration that was broken off and is begun again
-    starts the epoch anew. Iterating draws nothing from the global generators.
+    starts the epoch anew. One iteration at a time: an older one, or one whose epoch or state was changed
+    under way, raises RuntimeError when it is asked for more. Iterating draws nothing from the global
+    generators.
 
     Args:
         dataset: map-style dataset.
@@ -89,6 +92,7 @@ class ResumableDataLoader(DataLoader[Any]):
         # its own, since it takes a base seed for its workers from the global one otherwise.
         self._requests = _Requests()
         self._base_seeds = torch.Generator()
+        self._planned: deque[int] | None = None  # of the current iteration; others are refused
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch thinks of the options it said above
             self._fetcher: DataLoader[Any] = DataLoader(
@@ -145,40 +149,71 @@ class ResumableDataLoader(DataLoader[Any]):
                 nothing was changed.
         """
         self.sampler.restore(check_state(state, self.state_dict()))
+        self._planned = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises its own iterator class
-        planned: deque[int] = deque()
-        cursor = self.sampler.start
-        self._base_seeds.manual_seed(derive_seed(self._seed, "worker", self.sampler.epoch))
-        self._requests.plan = self._plan(cursor, iter(self.sampler), planned)
-        self.sampler.consumed = cursor
-        return self._receive(iter(self._fetcher), planned)
+        sampler, planned = self.sampler, deque[int]()
+        sampler.settle()
+        cursor, epoch = sampler.start, sampler.epoch
+        self._planned = planned
+        # Only for sample_rng="worker": other streams on every rank, and after a resume no stream twice.
+        base_seed = derive_seed(self._seed, "worker", epoch, cursor, sampler.sharding.rank)
+        self._base_seeds.manual_seed(base_seed)
+        self._requests.plan = _plan(sampler, cursor, iter(sampler), planned)
+        sampler.consumed = cursor
+        return self._receive(epoch, cursor, iter(self._fetcher), planned)
 
-    def _plan(self, cursor: int, indices: Iterator[int], planned: deque[int]) -> Iterator[BatchRequest]:
-        """Plan the batches from `cursor` on; `planned` tells how far the loop is once it has each."""
-        sharding, epoch = self.sampler.sharding, self.sampler.epoch
-        while (step := sharding.step_at(cursor)) is not None and step.size > 0:
-            batch = list(islice(indices, step.size))
-            self.sampler.start = 0  # used, also by a sampler whose own __iter__ is a generator
-            if len(batch) < step.size:
+    def _receive(self, epoch: int, cursor: int, batches: Iterator[Any], planned: deque[int]) -> Iterator[Any]:
+        """Hand over the batches, counting each as consumed when the loop gets it."""
+        sampler = self.sampler
+        while not sampler.sharding.is_over(cursor):
+            if not self._is_current(epoch, planned):
                 raise RuntimeError(
-                    f"{type(self.sampler).__name__} ended early: at sample {cursor} of "
-                    f"{sharding.num_samples} it was to yield {step.size} indices and yielded {len(batch)}"
+                    f"this iteration of epoch {epoch} cannot go on at sample {cursor}: another one was begun "
+                    f"on the same loader, or its epoch or state was set. Begin a new iteration, or make a "
+                    f"second loader"
                 )
-            cursor = step.next_cursor
-            planned.append(cursor)
-            yield BatchRequest(epoch, step.start, batch)
-
-    def _receive(self, batches: Iterator[Any], planned: deque[int]) -> Iterator[Any]:
-        for batch in batches:
-            self.sampler.consumed = planned.popleft()
+            try:
+                batch = next(batches)
+            except Exception as error:
+                if self.num_workers:
+                    # torch re-raises from a frame that holds the error: a cycle, and workers that the
+                    # garbage collector ends are waited for ten seconds. The lines of the traceback stay.
+                    traceback.clear_frames(error.__traceback__)
+                raise
+            cursor = sampler.consumed = planned.popleft()
             yield batch
-        self.sampler.end_epoch()
+        next(batches, None)  # there is none: torch stops its workers now
+        if self._is_current(epoch, planned):
+            sampler.end_epoch()
+
+    def _is_current(self, epoch: int, planned: deque[int]) -> bool:
+        return self._planned is planned and self.sampler.epoch == epoch
 
     def __len__(self) -> int:
         """Batches of this process in a whole epoch."""
         sharding = self.sampler.sharding
         num_steps = sharding.steps_from(0)
-        last = sharding.step_at((num_steps - 1) * sharding.samples_per_step)
         # With Tail.EXACT the last step may have nothing for this rank.
-        return num_steps - (last is not None and last.size == 0)
+        return num_steps - (num_steps > 0 and sharding.is_over((num_steps - 1) * sharding.samples_per_step))
+
+
+# A function, since a generator that holds the loader, which holds it, is a cycle: torch's persistent workers
+# are then collected in the wrong order, and waited for in vain for ten seconds.
+def _plan(
+    sampler: ResumableSampler, start: int, indices: Iterator[int], planned: deque[int]
+) -> Iterator[BatchRequest]:
+    """Plan the batches from `start` on; `planned` tells how far the loop is once it has each."""
+    sharding, epoch, cursor = sampler.sharding, sampler.epoch, start
+    while (step := sharding.step_at(cursor)) is not None and step.size > 0:
+        batch = list(islice(indices, step.size))
+        if cursor == start:
+            sampler.start = 0  # used, also by a sampler whose own __iter__ is a generator
+        if len(batch) < step.size:
+            raise RuntimeError(
+                f"{type(sampler).__name__} ended early: at sample {cursor} of {sharding.num_samples} "
+                f"it was to yield {step.size} indices and yielded {len(batch)}"
+            )
+        cursor = step.next_cursor
+        planned.append(cursor)
+        yield BatchRequest(epoch, step.start, batch)

@@ -2,23 +2,25 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from torch.utils.data import IterableDataset
 
 from helios.core.rng import DEFAULT_SEED
-from helios.data._checks import check_bool, check_int, check_num_samples
+from helios.data._checks import check_bool, check_callable, check_int, check_num_samples
 from helios.data._loader import ResumableDataLoader
 from helios.data._samplers import (
     ResumableDistributedSampler,
     ResumableRandomSampler,
     ResumableSampler,
     ResumableSequentialSampler,
+    check_tail,
 )
 from helios.data._sharding import Tail
 
 SampleRNG = Literal["sample", "worker"]
+_MAX_FINGERPRINT = 256  # characters: a state stays below 1 KiB
 
 
 @dataclass
@@ -107,16 +109,19 @@ def create_dataloader(
         sampler: a ResumableSampler to use instead of choosing by `shuffle` and `is_distributed`; its batch
             size becomes `batch_size`.
         collate_fn: merges samples into a batch; None is torch's `default_collate`.
-        tail: only with `is_distributed`: `Tail.EXACT` or "exact" takes every sample once, for evaluation.
+        tail: `Tail.EXACT` or "exact" takes every sample once on any number of ranks, for evaluation. None
+            follows `drop_last`. Not with `sampler`, which has its own.
         sample_rng: "sample" re-keys torch's CPU generator, `random` and the default NumPy generator before
             each sample by (seed, epoch, position), so that augmentation does not depend on workers, resume
-            or ranks; "worker" seeds each worker once instead, and is not exact after a resume in mid-epoch.
+            or ranks; "worker" seeds each worker once instead, and is not exact after a resume in mid-epoch
+            (with persistent workers: after any). Without workers it leaves the generators alone.
         worker_init_fn: called with the worker's id in each worker, after Helios has seeded it.
         prefetch_factor: batches each worker fetches ahead; None is torch's 2.
         persistent_workers: keep the workers between epochs.
         timeout: seconds to wait for a batch from a worker; 0 waits for ever.
         multiprocessing_context: how workers start, as torch's DataLoader takes it.
-        fingerprint: any str that identifies the dataset; a state with another one is refused.
+        fingerprint: a str of at most 256 characters that identifies the dataset; a state with another one
+            is refused.
 
     Returns:
         The loader. It has `set_epoch`, `state_dict` and `load_state_dict`.
@@ -127,19 +132,20 @@ def create_dataloader(
         RuntimeError: `is_distributed` without a process group.
     """
     num_samples = _check_dataset(dataset)
-    check_int("random_seed", random_seed, 0)
-    check_int("batch_size", batch_size, 1)
-    check_int("num_workers", num_workers, 0)
+    random_seed = check_int("random_seed", random_seed, 0)
+    batch_size = check_int("batch_size", batch_size, 1)
+    num_workers = check_int("num_workers", num_workers, 0)
     options = {"shuffle": shuffle, "drop_last": drop_last, "debug_mode": debug_mode, "pin_memory": pin_memory}
     options |= {"is_distributed": is_distributed, "persistent_workers": persistent_workers}
     for name, value in options.items():
         check_bool(name, value)
     if sample_rng not in ("sample", "worker"):
         raise ValueError(f"sample_rng must be 'sample' or 'worker', found {sample_rng!r}")
-    if fingerprint is not None and not isinstance(fingerprint, str):
-        raise TypeError(f"fingerprint must be a str or None, found {type(fingerprint).__name__}")
-    if tail is not None and (not is_distributed or sampler is not None):
-        raise ValueError("tail is for the sampler that is_distributed=True chooses; leave it None otherwise")
+    check_callable("collate_fn", collate_fn)
+    check_callable("worker_init_fn", worker_init_fn)
+    _check_fingerprint(fingerprint)
+    if tail is not None and sampler is not None:
+        raise ValueError(f"tail must be None beside a sampler, which has its own, found {tail!r}")
     workers = 0 if debug_mode else num_workers
     if sampler is None:
         sampler = _choose_sampler(dataset, shuffle, is_distributed, random_seed, drop_last, tail)
@@ -178,14 +184,31 @@ def _check_dataset(dataset: Any) -> int:
     return check_num_samples("dataset", dataset)
 
 
+def _check_fingerprint(fingerprint: Any) -> None:
+    if fingerprint is None:
+        return
+    if not isinstance(fingerprint, str):
+        raise TypeError(f"fingerprint must be a str or None, found {type(fingerprint).__name__}")
+    if len(fingerprint) > _MAX_FINGERPRINT:
+        raise ValueError(
+            f"fingerprint must have at most {_MAX_FINGERPRINT} characters, found {len(fingerprint)}"
+        )
+
+
 def _choose_sampler(
     dataset: Any, shuffle: bool, is_distributed: bool, seed: int, drop_last: bool, tail: Tail | str | None
 ) -> ResumableSampler:
+    # Seed and tail are the same with and without ranks, so that a run may go on with more or fewer: an
+    # order that is not shuffled has no seed, and one process has a tail though it leaves nothing over.
+    by_default = Tail.DROP if drop_last else Tail.PAD
+    tail = by_default if tail is None else check_tail(tail)
     if is_distributed:
         return ResumableDistributedSampler(
-            dataset, shuffle=shuffle, seed=seed, drop_last=drop_last, tail=tail
+            dataset, shuffle=shuffle, seed=seed if shuffle else 0, drop_last=drop_last, tail=tail
         )
-    return ResumableRandomSampler(dataset, seed) if shuffle else ResumableSequentialSampler(dataset)
+    sampler = ResumableRandomSampler(dataset, seed) if shuffle else ResumableSequentialSampler(dataset)
+    sampler.sharding = replace(sampler.sharding, tail=tail)
+    return sampler
 
 
 def _check_sampler(sampler: Any, num_samples: int) -> None:

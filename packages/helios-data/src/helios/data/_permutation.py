@@ -8,13 +8,13 @@ same on every platform and with every release of NumPy; `ALGORITHM` names it and
 """
 
 import hashlib
-import operator
 from math import isqrt
 
 import numpy as np
 import numpy.typing as npt
 
 from helios.core.rng import derive_bytes
+from helios.data._checks import check_int
 
 ALGORITHM = "helios-feistel12-v1"
 BLOCK_SIZE = 8192  # indices; work in blocks that stay in the cache: smaller ones pay NumPy's call overhead
@@ -47,13 +47,11 @@ class Permutation:
     """
 
     def __init__(self, num_samples: int, seed: int, epoch: int) -> None:
-        self.num_samples = operator.index(num_samples)
-        self.seed = operator.index(seed)
-        self.epoch = operator.index(epoch)
+        self.num_samples = check_int("num_samples", num_samples)
+        self.seed = check_int("seed", seed)
+        self.epoch = check_int("epoch", epoch, 0)
         if not 1 <= self.num_samples <= MAX_NUM_SAMPLES:
             raise ValueError(f"num_samples must be 1 to 2**62, found {num_samples}")
-        if self.epoch < 0:
-            raise ValueError(f"epoch must be 0 or more, found {epoch}")
         path = ("permutation", ALGORITHM, self.num_samples, self.epoch)
         key = hashlib.shake_128(derive_bytes(self.seed, *path, num_bytes=32))
         self._table: Indices | None = None
@@ -76,8 +74,10 @@ class Permutation:
             int64 array, shape (stop - start,).
 
         Raises:
+            TypeError: a position is not an int.
             ValueError: the positions are negative, too large or in the wrong order.
         """
+        start, stop = check_int("start", start), check_int("stop", stop)
         if not 0 <= start <= stop <= self.num_samples:
             raise ValueError(
                 f"positions must be 0 <= start <= stop <= {self.num_samples}, found [{start}, {stop})"
@@ -94,8 +94,12 @@ class Permutation:
             int64 array, shape (n,).
 
         Raises:
+            TypeError: the positions are not an array of integers with one dimension.
             ValueError: a position is out of range.
         """
+        if not isinstance(positions, np.ndarray) or positions.dtype.kind not in "iu" or positions.ndim != 1:
+            found = getattr(positions, "dtype", type(positions).__name__)
+            raise TypeError(f"positions must be a 1-d array of integers, found {found}")
         if positions.size and (positions.min() < 0 or positions.max() >= self.num_samples):
             found = f"{positions.min()} to {positions.max()}"
             raise ValueError(f"positions must be in range({self.num_samples}), found {found}")
@@ -105,7 +109,7 @@ class Permutation:
         return self.num_samples
 
     def __getitem__(self, position: int) -> int:
-        index = operator.index(position)
+        index = check_int("position", position)
         if index < 0:
             index += self.num_samples
         if not 0 <= index < self.num_samples:

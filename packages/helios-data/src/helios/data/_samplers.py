@@ -13,7 +13,7 @@ import torch
 from helios.data._checks import check_bool, check_int, check_num_samples
 from helios.data._permutation import ALGORITHM, BLOCK_SIZE, Indices, Permutation
 from helios.data._sharding import Sharding, Tail
-from helios.data._state import FORMAT_VERSION, LoaderState, check_state
+from helios.data._state import FORMAT_VERSION, LoaderState, LoaderStateError, check_state
 
 
 class ResumableSampler(torch.utils.data.Sampler[int]):
@@ -21,7 +21,8 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
 
     To write one, give `algorithm` a name of its own and override `indices_at`, a function of
     (`self.seed`, `self.epoch`, positions) only. Overriding `__iter__` works too: it must yield this rank's
-    indices from batch `start_iter` on.
+    indices from batch `start_iter` on; such a sampler cannot go on with another batch size in mid-epoch.
+    A sampler belongs to one loader.
 
     Args:
         data_source: the dataset; only its length is used.
@@ -29,7 +30,7 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
         batch_size: samples that a rank takes in one step. A loader sets it to its own.
 
     Attributes:
-        algorithm: name of the order, kept in the state.
+        algorithm: name of the order, kept in the state; the name of the class if none is given.
         num_samples: length of the dataset.
         seed: as given.
         epoch: epoch in progress, from 0.
@@ -43,7 +44,7 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
         ValueError: the dataset is empty, or the batch size less than 1.
     """
 
-    algorithm = "sequential"
+    algorithm: str = ""
 
     def __init__(self, data_source: Sized, seed: int = 0, batch_size: int = 1) -> None:
         self.num_samples = check_num_samples("data_source", data_source)
@@ -72,7 +73,10 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
 
     @property
     def start_iter(self) -> int:
-        """The batch at which the next iteration begins; used once, then 0 again."""
+        """The batch at which the next iteration begins; used once, then 0 again.
+
+        A state of another batch size may begin within a batch; this is the next one then.
+        """
         return -(-self.start // self.sharding.samples_per_step)
 
     @start_iter.setter
@@ -99,6 +103,7 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
             ValueError: the epoch is negative.
         """
         number = check_int("epoch", epoch, 0)
+        self.settle()
         if number == self.epoch:
             return
         if self._start_is_of_epoch:
@@ -110,6 +115,11 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
         """Go to the beginning of the next epoch, as a loader does when the loop has received everything."""
         self.epoch += 1
         self.consumed = self.start = 0
+
+    def settle(self) -> None:
+        """End the epoch if its last batch was received by a loop that then asked for no other."""
+        if self.consumed > 0 and self.start == 0 and self.sharding.is_over(self.consumed):
+            self.end_epoch()
 
     def __iter__(self) -> Iterator[int]:
         self.consumed, self.start = self.start, 0
@@ -128,7 +138,7 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
         ended = self.sharding.step_at(self.consumed) is None
         return {
             "format": FORMAT_VERSION,
-            "algorithm": self.algorithm,
+            "algorithm": self.algorithm or type(self).__name__,
             "seed": self.seed,
             "epoch": self.epoch + ended,
             "consumed": 0 if ended else self.consumed,
@@ -147,7 +157,19 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
         self.restore(check_state(state, self.state_dict()))
 
     def restore(self, state: LoaderState) -> None:
-        """Apply a state that was checked already."""
+        """Apply a state that `check_state` returned.
+
+        Raises:
+            LoaderStateError: the state begins within a batch, and this sampler overrides `__iter__`, which
+                can begin at whole batches only; nothing was changed.
+        """
+        step = self.sharding.samples_per_step
+        if type(self).__iter__ is not ResumableSampler.__iter__ and state["consumed"] % step:
+            raise LoaderStateError(
+                f"consumed: the state has {state['consumed']}, no multiple of the {step} samples of a step here, "
+                f"and {type(self).__name__}.__iter__ can only begin at whole batches. Use the batch size that "
+                f"the run began with, or override indices_at instead."
+            )
         self.epoch = state["epoch"]
         self.consumed = self.start = state["consumed"]
         self._start_is_of_epoch = True
@@ -204,6 +226,8 @@ class ResumableSequentialSampler(ResumableSampler):
         TypeError: an argument has the wrong type, or the dataset has no length.
         ValueError: the dataset is empty, or the batch size less than 1.
     """
+
+    algorithm = "sequential"
 
     def __init__(self, data_source: Sized, batch_size: int = 1) -> None:
         super().__init__(data_source, 0, batch_size)

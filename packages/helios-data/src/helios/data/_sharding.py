@@ -83,6 +83,11 @@ class Sharding:
             ends = size == 0 or (self.drop_partial and size < self.batch_size)
         return None if ends else Step(start, size, self.num_samples)
 
+    def is_over(self, cursor: int) -> bool:
+        """Say whether this rank takes nothing more at `cursor`; with Tail.EXACT another rank still may."""
+        step = self.step_at(cursor)
+        return step is None or step.size == 0
+
     def steps_from(self, cursor: int) -> int:
         """Return how many global steps are left at `cursor`."""
         full = max(self.num_samples - cursor, 0) // self.samples_per_step

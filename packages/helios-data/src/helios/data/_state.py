@@ -49,15 +49,14 @@ def check_state(state: object, expected: LoaderState) -> LoaderState:
     """
     if not isinstance(state, Mapping):
         raise LoaderStateError(f"state must be a dict as state_dict() gives it, found {type(state).__name__}")
+    if "format" in state:  # first: another format may have other keys
+        _check_agrees("format", state, expected)
     missing = [key for key in expected if key not in state]
     if missing:
         raise LoaderStateError(f"state lacks {missing[0]!r}; it has {sorted(map(str, state))}")
-    for key, hint in _MUST_AGREE.items():
-        if key not in expected:
-            continue
-        found, wanted = state[key], expected[key]  # type: ignore[literal-required]
-        if type(found) is not type(wanted) or found != wanted:
-            raise LoaderStateError(f"{key}: the state has {found!r}, here it is {wanted!r}. {hint}")
+    for key in _MUST_AGREE:
+        if key in expected:
+            _check_agrees(key, state, expected)
     for key in ("epoch", "consumed"):
         _check_position(key, state[key])
     if state["consumed"] > expected["num_samples"]:
@@ -77,6 +76,12 @@ _MUST_AGREE = {
     "tail": "Use the drop_last and tail that the run began with.",
     "fingerprint": "It belongs to another dataset, or the dataset changed.",
 }
+
+
+def _check_agrees(key: str, state: Mapping[str, Any], expected: LoaderState) -> None:
+    found, wanted = state[key], expected[key]  # type: ignore[literal-required]
+    if type(found) is not type(wanted) or found != wanted:
+        raise LoaderStateError(f"{key}: the state has {found!r}, here it is {wanted!r}. {_MUST_AGREE[key]}")
 
 
 def _check_position(key: str, value: object) -> None:
