@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from helios.trainer._model import Model
 from helios.trainer._training_state import TrainingState, TrainingUnit
 
 
@@ -46,11 +47,11 @@ class ProgressBars:
                 dynamic_ncols=True,
             )
 
-    def finish_batch(self, is_complete: bool, shown: Mapping[str, Any]) -> None:
-        """Count a batch, and show some numbers if the bar is drawn anyway."""
+    def finish_batch(self, is_complete: bool, model: Model) -> None:
+        """Count a batch, and show the model's losses and metrics if the bar is drawn anyway."""
         bar = self._batches if self._by_epoch else self._steps
         if bar is not None and is_complete and bar.update(1):
-            bar.set_postfix_str(_describe(shown), refresh=False)
+            bar.set_postfix_str(_describe({**model._loss_items, **model.metrics}), refresh=False)
 
     def finish_epoch(self) -> None:
         """Count an epoch."""
@@ -84,8 +85,10 @@ def _describe(shown: Mapping[str, Any]) -> str:
     """Format the numbers that can be read without waiting for a device."""
     parts = []
     for name, value in shown.items():
-        if isinstance(value, torch.Tensor) and (value.device.type != "cpu" or value.numel() != 1):
-            continue
-        if isinstance(value, int | float | torch.Tensor):
-            parts.append(f"{name}={float(value):.4g}")
+        if isinstance(value, torch.Tensor):
+            if value.device.type != "cpu" or value.numel() != 1 or value.is_complex():
+                continue
+            value = value.detach().item()
+        if isinstance(value, int | float):
+            parts.append(f"{name}={value:.4g}")
     return ", ".join(parts)

@@ -7,15 +7,22 @@ from typing import Any
 from helios.chkpt import find_last_checkpoint, load
 from helios.core.rng import get_rng_state_dict, load_rng_state_dict
 from helios.data import ResumableDataLoader
-from helios.trainer._loop import Cut, StopReason, as_dict, cut_from_dict
+from helios.trainer._loop import Cut, CutPoint, StopReason, as_dict, cut_from_dict
 from helios.trainer._model import Model, restore_tables, tables_of
-from helios.trainer._modules import gradients_of, restore_gradients
+from helios.trainer._modules import (
+    gradients_of,
+    modes_of,
+    restore_frozen,
+    restore_gradients,
+    restore_training_modes,
+)
 from helios.trainer._plugin import PluginRegistry
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._training_state import TrainingState
 from helios.trainer.logging import LogTargets
 
 _ALWAYS = ("training_state", "model", "rng", "data")
+_OWN = ("cut", "stop", "settings", "tables", "gradients", "modes", "event_sizes")
 
 
 def build_checkpoint(
@@ -29,7 +36,6 @@ def build_checkpoint(
     train_loader: ResumableDataLoader,
     targets: LogTargets,
     event_sizes: Mapping[str, int],
-    is_accumulating: bool,
 ) -> dict[str, Any]:
     """Return everything that a resumed run needs, at a cut of the loop."""
     own = {
@@ -37,7 +43,8 @@ def build_checkpoint(
         "stop": None if stop is None else stop.name,
         "settings": settings.decisive(),
         "tables": tables_of(model),
-        "gradients": gradients_of(model) if is_accumulating else {},
+        "gradients": gradients_of(model),
+        "modes": modes_of(model),
         "event_sizes": dict(event_sizes),
     }
     checkpoint: dict[str, Any] = {
@@ -82,6 +89,12 @@ class Resumption:
         self._checkpoint = checkpoint
         self.state = TrainingState.from_dict(checkpoint["training_state"])
         self._own, self.state.trainer = self.state.trainer, {}
+        lost = [key for key in _OWN if key not in self._own]
+        if lost:
+            raise ValueError(
+                f"{path} lacks {lost[0]!r} in training_state['trainer'], which a run needs to go on: another "
+                "release of helios-trainer wrote it"
+            )
         self.cut = cut_from_dict(self._own["cut"])
         self.stop = None if self._own["stop"] is None else StopReason[self._own["stop"]]
 
@@ -113,11 +126,7 @@ class Resumption:
 
     def targets(self) -> LogTargets:
         """Return where the run wrote."""
-        log_file, run_folder = self._checkpoint.get("log_path"), self._checkpoint.get("run_path")
-        return LogTargets(
-            log_file=None if log_file is None else Path(log_file),
-            run_folder=None if run_folder is None else Path(run_folder),
-        )
+        return targets_in(self._checkpoint)
 
     @property
     def event_sizes(self) -> dict[str, int]:
@@ -138,28 +147,34 @@ class Resumption:
         """Put back what the hooks at the start of training may have touched; last before the loop."""
         restore_tables(model, self._own["tables"])
         restore_gradients(model, self._own["gradients"])
+        restore_frozen(model, self._own["modes"])
+        if self.cut.point is not CutPoint.FINISHED:  # on_training_end may have switched to evaluation
+            restore_training_modes(model, self._own["modes"])
         load_rng_state_dict(self._checkpoint["rng"])
-        self._checkpoint = {}  # or a second copy of the model would stay in memory
+        self._checkpoint = self._own = {}  # or second copies of weights and gradients would stay in memory
 
 
-def find_resumption(root: Path | None, run_name: str, model: Model) -> Resumption | None:
-    """Return the last good checkpoint of a run, or None if there is none."""
+def targets_in(checkpoint: Mapping[str, Any]) -> LogTargets:
+    """Return where the run of a checkpoint wrote."""
+    log_file, run_folder = checkpoint.get("log_path"), checkpoint.get("run_path")
+    return LogTargets(
+        log_file=None if log_file is None else Path(log_file),
+        run_folder=None if run_folder is None else Path(run_folder),
+    )
+
+
+def find_checkpoint(root: Path | None, run_name: str, model: Model) -> tuple[Path, dict[str, Any]] | None:
+    """Return path and content of the last good checkpoint of a run, on the model's device; or None."""
     path = None if root is None else find_last_checkpoint(root, run_name)
     if path is None:
         return None
-    types = model.types_for_safe_load()
-    return Resumption(path, load(path, map_location=model.map_loc, safe_types=types))
+    return path, load(path, map_location=model.map_loc, safe_types=model.types_for_safe_load())
 
 
-def load_trained_model(root: Path | None, run_name: str, model: Model) -> Path | None:
-    """Give a model its state from the last good checkpoint of a run, for testing; return the file's path."""
-    path = None if root is None else find_last_checkpoint(root, run_name)
-    if path is not None:
-        checkpoint: dict[str, Any] = load(
-            path, map_location=model.map_loc, safe_types=model.types_for_safe_load()
-        )
-        model.load_state_dict(checkpoint["model"])
-    return path
+def find_resumption(root: Path | None, run_name: str, model: Model) -> Resumption | None:
+    """Return the last good checkpoint of a run, ready to go on from, or None if there is none."""
+    found = find_checkpoint(root, run_name, model)
+    return None if found is None else Resumption(*found)
 
 
 def metadata_of(model: Model, name: str) -> str:

@@ -53,15 +53,16 @@ def select_execution(use_cpu: bool | None, gpus: list[int] | None) -> Execution:
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if use_cpu or (gpus is None and num_devices == 0):
         return Execution(torch.device("cpu"))
-    if use_cpu is False and num_devices == 0 and gpus is None:
-        raise AssertionError("unreachable: no devices and no gpus is the CPU")
+    if num_devices == 0:
+        raise ValueError(f"gpus={gpus} needs CUDA, which is not available here: pass use_cpu=True or no gpus")
     ids = list(range(num_devices)) if gpus is None else gpus
     absent = [i for i in ids if i >= num_devices]
     if absent:
         raise ValueError(f"gpus must be ids of the {num_devices} CUDA devices here, found {absent[0]}")
     if len(ids) > 1:
         raise ValueError(
-            f"gpus asks for {len(ids)} devices, {ids}: this release trains in one process; pass gpus=[{ids[0]}]"
+            f"gpus={gpus} means the {len(ids)} devices {ids}, and this release trains in one process: "
+            f"pass gpus=[{ids[0]}]"
         )
     return Execution(torch.device("cuda", ids[0]), gpu_ids=tuple(ids))
 
@@ -80,6 +81,7 @@ def deterministic_kernels(enabled: bool) -> Iterator[None]:
         yield
         return
     # cuBLAS reads this when its first handle is made; a user who set it knows better.
+    is_unset = "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     was_enabled = torch.are_deterministic_algorithms_enabled()
     warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -88,6 +90,8 @@ def deterministic_kernels(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(was_enabled, warn_only=warned_only)
+        if is_unset:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """One call of `fit`: everything between the arguments and the loop, and after it."""
 
-import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,11 +15,11 @@ from helios.trainer._execution import Execution, cudnn_benchmark, deterministic_
 from helios.trainer._hooks import Hooks
 from helios.trainer._loop import Cut, CutPoint, StopReason, TrainingLoop, describe
 from helios.trainer._model import Model
-from helios.trainer._modules import OptimizerWatch
 from helios.trainer._plugin import PluginRegistry
 from helios.trainer._settings import TrainerSettings
+from helios.trainer._start_note import StartNote
 from helios.trainer._training_state import TrainingState, TrainingUnit
-from helios.trainer.logging import RunLoggers, get_root_logger
+from helios.trainer.logging import LogTargets, RunLoggers, get_root_logger
 from helios.trainer.logging._loggers import new_targets
 
 
@@ -51,6 +50,14 @@ class FitRun:
         self._name = settings.run_name or model.save_name
         self._store: CheckpointStore | None = None
         self._state = TrainingState()
+        self._start_note: StartNote | None = None
+        if settings.chkpt_root is not None and settings.chkpt_frequency is not None:
+            self._start_note = StartNote(settings.chkpt_root, self._name, settings.decisive())
+
+    @property
+    def targets(self) -> LogTargets:
+        """Where the run writes; once it has begun."""
+        return self._loggers.targets
 
     def run(self) -> bool:
         """Train, or go on training, to the end.
@@ -60,25 +67,46 @@ class FitRun:
         """
         settings = self._settings
         seed_rngs(settings.random_seed)
-        resumption = find_resumption(settings.chkpt_root, self._name, self._model)
-        if resumption is not None:
-            resumption.check_settings(settings)
-            resumption.check_plugins(self._plugins)
-            self._state = resumption.state
         with ExitStack() as stack:
-            self._loggers = self._open_loggers(resumption)
+            self._loggers = RunLoggers(capture_warnings=settings.capture_warnings)
             stack.callback(self._loggers.close)
             stack.enter_context(logged_exceptions())
+            resumption = self._find_resumption()
             if resumption is not None and self._is_finished(resumption):
                 return False
+            self._loggers.open_writer({} if resumption is None else resumption.event_sizes)
             if settings.chkpt_root is not None and settings.chkpt_frequency is not None:
+                assert self._start_note is not None
+                stack.callback(self._start_note.remove)
                 store = CheckpointStore(settings.chkpt_root, self._name, keep_last=settings.keep_last)
                 self._store = stack.enter_context(store)
             stack.callback(self._datamodule.teardown)
             stack.enter_context(deterministic_kernels(settings.enable_deterministic))
-            self._watch = stack.enter_context(contextlib.closing(OptimizerWatch()))
             self._train(resumption, stack)
         return True
+
+    def _find_resumption(self) -> Resumption | None:
+        """Find what the run goes on from, if anything, and open its log file."""
+        settings = self._settings
+        targets = new_targets(
+            self._name,
+            settings.log_path if settings.enable_file_logging else None,
+            settings.run_path if settings.enable_tensorboard else None,
+        )
+        try:
+            resumption = find_resumption(settings.chkpt_root, self._name, self._model)
+            if resumption is not None:
+                targets = targets.restored(resumption.targets())
+                resumption.check_settings(settings)
+                resumption.check_plugins(self._plugins)
+                self._state = resumption.state
+            elif self._start_note is not None:
+                targets = targets.restored(self._start_note.read() or targets)
+                self._start_note.write(targets)
+        finally:
+            # Also if the checkpoint is refused: the reason belongs in the log file.
+            self._loggers.open_log_file(targets)
+        return resumption
 
     def _is_finished(self, resumption: Resumption) -> bool:
         settings, stop, state = self._settings, resumption.stop, resumption.state
@@ -95,21 +123,6 @@ class FitRun:
             resumption.path,
         )
         return True
-
-    def _open_loggers(self, resumption: Resumption | None) -> RunLoggers:
-        settings = self._settings
-        targets = new_targets(
-            self._name,
-            settings.log_path if settings.enable_file_logging else None,
-            settings.run_path if settings.enable_tensorboard else None,
-        )
-        if resumption is not None:
-            targets = targets.restored(resumption.targets())
-        return RunLoggers(
-            targets,
-            capture_warnings=settings.capture_warnings,
-            event_sizes=None if resumption is None else resumption.event_sizes,
-        )
 
     def _train(self, resumption: Resumption | None, stack: ExitStack) -> None:
         settings, model = self._settings, self._model
@@ -139,7 +152,6 @@ class FitRun:
             valid_loader=valid_loader,
             bars=bars,
             save=self._save,
-            watch=self._watch,
         )
         self._run_loop(loop, bars, None if resumption is None else resumption.cut)
 
@@ -161,28 +173,15 @@ class FitRun:
         datamodule = self._datamodule
         datamodule.prepare_data()
         datamodule.setup()
-        train_loader = datamodule.train_dataloader()
-        if train_loader is None:
-            raise ValueError(
-                f"{type(datamodule).__name__} has no training split: its setup must assign self._train_dataset"
-            )
+        train_loader = checked_loader(datamodule, "train", datamodule.train_dataloader())
         if self._settings.valid_frequency is None:
             return train_loader, None
-        valid_loader = datamodule.valid_dataloader()
-        if valid_loader is None:
-            raise ValueError(
-                f"valid_frequency is {self._settings.valid_frequency}, but {type(datamodule).__name__} has no "
-                "validation split: its setup must assign self._valid_dataset"
-            )
-        return train_loader, valid_loader
+        return train_loader, checked_loader(datamodule, "valid", datamodule.valid_dataloader())
 
     def _save(self, cut: Cut, stop: StopReason | None = None) -> None:
         if self._store is None:
             return
         settings, state, model = self._settings, self._state, self._model
-        is_accumulating = (
-            state.global_iteration % settings.accumulation_steps != 0 or not self._watch.has_stepped
-        )
         name = CheckpointName(self._name, state.global_epoch, state.global_iteration)
         metadata = metadata_of(model, format_name(name).removesuffix(".pth"))
         checkpoint = build_checkpoint(
@@ -195,17 +194,41 @@ class FitRun:
             train_loader=self._train_loader,
             targets=self._loggers.targets,
             event_sizes=self._loggers.event_sizes(),
-            is_accumulating=is_accumulating,
         )
         place: dict[str, Any] = {
             "epoch": state.global_epoch,
             "iteration": state.global_iteration,
             "metadata": metadata,
         }
-        if settings.async_chkpt and stop is None:
+        if settings.async_chkpt and stop is None and self._start_note is None:
             self._store.save_async(checkpoint, **place)
         else:
             self._store.save(checkpoint, **place)
+        if self._start_note is not None:  # the first checkpoint of this process, on the disk now
+            self._start_note.remove()
+            self._start_note = None
+
+
+def checked_loader(datamodule: DataModule, split: str, loader: Any) -> ResumableDataLoader:
+    """Return the loader of a split, of which there must be one, with batches.
+
+    Raises:
+        TypeError: it is another loader.
+        ValueError: there is none, or it has no batches.
+    """
+    where = f"{type(datamodule).__name__}.{split}_dataloader()"
+    if loader is None:
+        raise ValueError(
+            f"{where} is None, but the {split} split is needed: setup must assign self._{split}_dataset"
+        )
+    if not isinstance(loader, ResumableDataLoader):
+        raise TypeError(f"{where} must be a ResumableDataLoader, found {type(loader).__name__}")
+    if len(loader) == 0:
+        raise ValueError(
+            f"{where} has no batches: drop_last leaves nothing of {loader.sampler.num_samples} samples in batches of "
+            f"{loader.batch_size}"
+        )
+    return loader
 
 
 @contextmanager

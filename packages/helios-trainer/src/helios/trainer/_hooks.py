@@ -1,6 +1,7 @@
 """The hooks of a run: plug-ins first, then the model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from helios.trainer._model import Model
@@ -98,9 +99,20 @@ class Hooks:
         self.model.on_testing_end()
 
 
+@contextmanager
+def batches_of(loader: Iterable[Any]) -> Iterator[Iterator[Any]]:
+    """Iterate over a loader, and stop its workers after, also if an exception that somebody keeps ends it."""
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        if isinstance(batches, Generator):
+            batches.close()
+
+
 def evaluate(loader: Any, on_batch: Callable[[Any, int], None], bar: Any) -> None:
     """Run a whole validation or test, showing it on a bar."""
-    with bar:
-        for step, batch in enumerate(loader):
+    with bar, batches_of(loader) as batches:
+        for step, batch in enumerate(batches):
             on_batch(batch, step)
             bar.update(1)

@@ -20,7 +20,7 @@ A checkpoint is a cut at the place marked: what follows it is done again, first,
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -30,8 +30,7 @@ import torch
 from helios.data import ResumableDataLoader
 from helios.trainer._bars import ProgressBars
 from helios.trainer._execution import cudnn_benchmark
-from helios.trainer._hooks import Hooks, evaluate
-from helios.trainer._modules import OptimizerWatch
+from helios.trainer._hooks import Hooks, batches_of, evaluate
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._training_state import TrainingState, TrainingUnit
 
@@ -76,7 +75,6 @@ class TrainingLoop:
         valid_loader: loader of the validation split, if there are validations.
         bars: progress bars.
         save: saves a checkpoint at a cut.
-        watch: told when a batch begins.
     """
 
     def __init__(
@@ -89,7 +87,6 @@ class TrainingLoop:
         valid_loader: ResumableDataLoader | None,
         bars: ProgressBars,
         save: Callable[[Cut], None],
-        watch: OptimizerWatch,
     ) -> None:
         self._settings = settings
         self._state = state
@@ -98,7 +95,6 @@ class TrainingLoop:
         self._valid_loader = valid_loader
         self._bars = bars
         self._save = save
-        self._watch = watch
         self._by_epoch = settings.train_unit is TrainingUnit.EPOCH
 
     def run(self, cut: Cut | None) -> StopReason:
@@ -113,11 +109,11 @@ class TrainingLoop:
 
     def _go_on_from(self, cut: Cut) -> StopReason | None:
         """Do what the interrupted run would have done between the cut and the next epoch."""
+        if cut.point is CutPoint.FINISHED and self._is_epoch_over():
+            return self._end_of_steps()  # the epoch's end came before
         self._bars.start_epoch(self._state, len(self._train_loader))
         if cut.point is CutPoint.EPOCH_END:
             return self._end_epoch(self._check_after_validation(cut.has_validated))
-        if cut.point is CutPoint.FINISHED and self._is_epoch_over():
-            return self._end_of_steps()  # the epoch's end came before
         return self._run_epoch(self._check_after_validation(cut.has_validated) or self._end_of_steps())
 
     def _is_epoch_over(self) -> bool:
@@ -151,21 +147,24 @@ class TrainingLoop:
         return stop
 
     def _run_batches(self) -> StopReason | None:
+        with batches_of(self._train_loader) as batches:
+            return self._train_on(batches)
+
+    def _train_on(self, batches: Iterator[Any]) -> StopReason | None:
         state, hooks, accumulation = self._state, self._hooks, self._settings.accumulation_steps
-        num_batches, model = len(self._train_loader), hooks.model
+        num_batches = len(self._train_loader)
         began_s = time.perf_counter()
-        for batch in self._train_loader:
+        for batch in batches:
             state.dataset_iter += 1
             state.global_iteration += 1
             is_complete = self._by_epoch or state.global_iteration % accumulation == 0
             if is_complete:
                 state.current_iteration += 1
                 state.running_iter += 1
-            self._watch.has_stepped = False
             hooks.training_batch(batch, state, is_complete and self._should_log(num_batches))
             now_s = time.perf_counter()
             state.average_iter_time += (now_s - began_s - state.average_iter_time) / state.global_iteration
-            self._bars.finish_batch(is_complete, model._loss_items or model.metrics)
+            self._bars.finish_batch(is_complete, hooks.model)
             if hooks.should_stop():
                 return StopReason.REQUESTED
             if is_complete and not self._by_epoch:

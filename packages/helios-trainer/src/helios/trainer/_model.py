@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from helios.trainer._modules import named_networks
+from helios.trainer._naming import check_name
 from helios.trainer._training_state import TrainingState
 
 
@@ -28,12 +29,11 @@ class Model(ABC):
 
     Raises:
         TypeError: `save_name` is not a str.
-        ValueError: `save_name` is empty.
+        ValueError: `save_name` is empty, or no file name can hold it.
     """
 
     def __init__(self, save_name: str) -> None:
-        if not isinstance(save_name, str):
-            raise TypeError(f"save_name must be a str, found {type(save_name).__name__} {save_name!r}")
+        check_name("save_name", save_name)
         if not save_name:
             raise ValueError("save_name must not be empty: checkpoints are named after it")
         self.save_name = save_name
@@ -110,7 +110,10 @@ class Model(ABC):
             network.eval()
 
     def on_training_start(self) -> None:
-        """Called when training starts, in every process, also after a resume."""
+        """Called when training starts, in every process; after a resume with the state restored.
+
+        So do not reset here what `state_dict` returns: give it its first value in `setup`.
+        """
 
     def on_training_epoch_start(self, epoch: int) -> None:
         """Called before an epoch's first batch; not again when an epoch is resumed.

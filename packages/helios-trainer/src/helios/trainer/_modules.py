@@ -1,37 +1,47 @@
 """The networks of a user's model, found by looking, and what hangs on them."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim import Optimizer
 
 
 def named_networks(owner: object) -> Iterator[tuple[str, nn.Module]]:
     """Yield (name, network) of every nn.Module among an object's attributes, also in lists and dicts."""
+    for name, value in _parts_of(owner):
+        if isinstance(value, nn.Module):
+            yield name, value
+
+
+def _parts_of(owner: object) -> Iterator[tuple[str, nn.Module | Optimizer]]:
     for name, value in vars(owner).items():
-        yield from _networks_in(name, value)
+        yield from _parts_in(name, value)
 
 
-def _networks_in(name: str, value: object) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(value, nn.Module):
+def _parts_in(name: str, value: object) -> Iterator[tuple[str, nn.Module | Optimizer]]:
+    if isinstance(value, nn.Module | Optimizer):
         yield name, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _networks_in(f"{name}.{key}", item)
+            yield from _parts_in(f"{name}.{key}", item)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from _networks_in(f"{name}.{index}", item)
+            yield from _parts_in(f"{name}.{index}", item)
 
 
 def gradients_of(owner: object) -> dict[str, torch.Tensor]:
-    """Return the gradients that the networks' parameters hold, by name."""
+    """Return the gradients that the parameters hold, by name.
+
+    All of them, although those that an optimizer has used are mostly overwritten next: whether they are is
+    the user's business. Another optimizer may still wait for them, `zero_grad(set_to_none=False)` makes zeros
+    of them where it leaves None alone, and the next batch may add to them.
+    """
     return {name: p.grad for name, p in _named_parameters(owner) if p.grad is not None}
 
 
 def restore_gradients(owner: object, gradients: Mapping[str, torch.Tensor]) -> None:
-    """Give the networks' parameters the gradients that `gradients_of` found, and no others.
+    """Give the parameters the gradients that `gradients_of` found, and no others.
 
     Raises:
         ValueError: there is a gradient of a parameter that does not exist.
@@ -39,31 +49,56 @@ def restore_gradients(owner: object, gradients: Mapping[str, torch.Tensor]) -> N
     parameters = dict(_named_parameters(owner))
     unknown = sorted(set(gradients) - set(parameters))
     if unknown:
-        raise ValueError(f"the checkpoint has accumulated gradients of {unknown[0]}, which the model lacks")
+        raise ValueError(
+            f"the checkpoint has a gradient of {unknown[0]}, which the model lacks after its setup"
+        )
     for name, parameter in parameters.items():
         gradient = gradients.get(name)
-        parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+        parameter.grad = None if gradient is None else gradient.to(parameter.device)
 
 
-def _named_parameters(owner: object) -> Iterator[tuple[str, nn.Parameter]]:
+def modes_of(owner: object) -> dict[str, list[str]]:
+    """Return which modules evaluate and which parameters are frozen: what hooks set and no state_dict has."""
+    return {
+        "evaluating": [name for name, module in _named_modules(owner) if not module.training],
+        "frozen": [name for name, p in _named_parameters(owner) if not p.requires_grad],
+    }
+
+
+def restore_training_modes(owner: object, modes: Mapping[str, list[str]]) -> None:
+    """Let the modules evaluate that did, and train the others."""
+    evaluating = set(modes["evaluating"])
+    for name, module in _named_modules(owner):
+        module.training = name not in evaluating
+
+
+def restore_frozen(owner: object, modes: Mapping[str, list[str]]) -> None:
+    """Freeze the parameters that were frozen, and no others."""
+    frozen = set(modes["frozen"])
+    for name, parameter in _named_parameters(owner):
+        if parameter.requires_grad is (name in frozen):
+            parameter.requires_grad_(name not in frozen)
+
+
+def _named_modules(owner: object) -> Iterator[tuple[str, nn.Module]]:
     for prefix, network in named_networks(owner):
-        for name, parameter in network.named_parameters():
-            yield f"{prefix}.{name}", parameter
+        yield from network.named_modules(prefix=prefix)
 
 
-class OptimizerWatch:
-    """Knows whether an optimizer has stepped since a batch began.
+def _named_parameters(owner: object) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield each parameter once: those of the networks, and those that only an optimizer has."""
+    seen: set[int] = set()
+    for prefix, part in _parts_of(owner):
+        for name, parameter in _parameters_in(prefix, part):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield name, parameter
 
-    If none has, the gradients of the batch are still accumulating, and a checkpoint must hold them.
-    """
 
-    def __init__(self) -> None:
-        self.has_stepped = False
-        self._handle: Any = register_optimizer_step_post_hook(self._note_step)
-
-    def _note_step(self, optimizer: object, args: object, kwargs: object) -> None:
-        self.has_stepped = True
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._handle.remove()
+def _parameters_in(prefix: str, part: nn.Module | Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(part, nn.Module):
+        yield from part.named_parameters(prefix=prefix)
+    else:
+        for number, group in enumerate(part.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                yield f"{prefix}.{number}.{index}", parameter

@@ -59,7 +59,7 @@ class Plugin:
         self.trainer: Any = None
 
     def setup(self) -> None:
-        """Get ready; runs in every process, before the model's `setup`."""
+        """Get ready; runs in every process, before the model's `setup`. Not again to test what was just trained."""
 
     def configure_trainer(self, trainer: "Trainer") -> None:
         """Change the trainer, for example its lists of exceptions; runs before `setup`."""
@@ -68,7 +68,10 @@ class Plugin:
         """Change the model before its `setup`."""
 
     def on_training_start(self) -> None:
-        """Called when training starts, in every process, also after a resume."""
+        """Called when training starts, in every process; after a resume with the state restored.
+
+        So do not reset here what `state_dict` returns: give it its first value in `setup`.
+        """
 
     def on_training_end(self) -> None:
         """Called when training ends, but not when it is interrupted."""

@@ -1,11 +1,13 @@
 """The arguments of a Trainer, checked once."""
 
 import math
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from helios.core.rng import DEFAULT_SEED
+from helios.trainer._naming import check_name
 from helios.trainer._training_state import TrainingUnit
 
 _FLAGS = (
@@ -63,7 +65,7 @@ class TrainerSettings:
     nprocs: int | None
 
     def __post_init__(self) -> None:
-        _check_run_name(self.run_name)
+        check_name("run_name", self.run_name)
         if not isinstance(self.train_unit, TrainingUnit):
             raise TypeError(
                 f"train_unit must be a TrainingUnit, found {type(self.train_unit).__name__} "
@@ -109,8 +111,9 @@ class TrainerSettings:
                 raise ValueError(f"{flag} is True, but {name} is None: say where to write, or leave it False")
         for name in ("chkpt_root", "log_path", "run_path"):
             path = getattr(self, name)
-            if path is not None and path.exists() and not path.is_dir():
-                raise ValueError(f"{name} must be a folder, found the file {path}")
+            existing = None if path is None else next((p for p in (path, *path.parents) if p.exists()), None)
+            if existing is not None and not existing.is_dir():
+                raise ValueError(f"{name} must be a folder, found {path}, where {existing} is a file")
         if self.nprocs is not None and self.nprocs > 1:
             raise ValueError(
                 f"nprocs must be None or 1, found {self.nprocs}: this release trains in one process"
@@ -129,22 +132,15 @@ def make_settings(**arguments: Any) -> TrainerSettings:
     """Make settings from a Trainer's arguments: None is the default seed, a str may stand for a path."""
     for name in ("chkpt_root", "log_path", "run_path"):
         value = arguments[name]
-        if value is not None and not isinstance(value, str | Path):
+        if value is not None and not isinstance(value, str | os.PathLike):
             raise TypeError(f"{name} must be a path, found {type(value).__name__} {value!r}")
+        if value == "":
+            raise ValueError(f"{name} must be a path or None, found ''; '.' is the working folder")
         arguments[name] = None if value is None else Path(value)
     if arguments["random_seed"] is None:
         arguments["random_seed"] = DEFAULT_SEED
     assert set(arguments) == {f.name for f in fields(TrainerSettings)}
     return TrainerSettings(**arguments)
-
-
-def _check_run_name(run_name: object) -> None:
-    if not isinstance(run_name, str):
-        raise TypeError(f"run_name must be a str, found {type(run_name).__name__} {run_name!r}")
-    if "/" in run_name or "\\" in run_name or not run_name.isprintable():
-        raise ValueError(
-            f"run_name becomes part of file names: it must be printable, without / and \\, found {run_name!r}"
-        )
 
 
 def _check_flag(name: str, value: object) -> None:

@@ -2,24 +2,47 @@
 
 import contextlib
 from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from helios.core.rng import seed_rngs
 from helios.data import DataModule
 from helios.trainer._bars import ProgressBars
-from helios.trainer._checkpoint import load_trained_model
+from helios.trainer._checkpoint import find_checkpoint, targets_in
 from helios.trainer._execution import cudnn_benchmark, deterministic_kernels
-from helios.trainer._fit import logged_exceptions
+from helios.trainer._fit import checked_loader, logged_exceptions
 from helios.trainer._hooks import Hooks, evaluate
 from helios.trainer._model import Model
-from helios.trainer._plugin import PluginRegistry
+from helios.trainer._plugin import Plugin, PluginRegistry
 from helios.trainer._settings import TrainerSettings
 from helios.trainer.logging import LogTargets, RunLoggers, get_root_logger
+from helios.trainer.logging._loggers import new_targets
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run of training leaves behind, to be tested as it is.
+
+    Attributes:
+        model: the model.
+        plugins: the plug-ins that took part.
+        targets: where the run wrote.
+    """
+
+    model: Model
+    plugins: tuple[Plugin, ...]
+    targets: LogTargets
 
 
 def run_test(
-    settings: TrainerSettings, model: Model, datamodule: DataModule, plugins: PluginRegistry, is_trained: bool
+    settings: TrainerSettings,
+    model: Model,
+    datamodule: DataModule,
+    plugins: PluginRegistry,
+    trained: Trained | None,
 ) -> None:
     """Test a model on the test split.
 
@@ -28,32 +51,30 @@ def run_test(
         model: the user's model.
         datamodule: the user's data.
         plugins: the trainer's plug-ins.
-        is_trained: the model was trained by this trainer and is tested as it is; otherwise it is set up and
-            given its state from the last checkpoint of the run, if there is one.
+        trained: what this trainer trained, if it is the model; otherwise the model is set up and, like the
+            plug-ins, given its state from the last checkpoint of the run, if there is one.
     """
     seed_rngs(settings.random_seed)
-    nowhere = LogTargets(log_file=None, run_folder=None)
     with ExitStack() as stack:
-        loggers = RunLoggers(nowhere, capture_warnings=settings.capture_warnings, event_sizes=None)
+        loggers = RunLoggers(capture_warnings=settings.capture_warnings)
         stack.callback(loggers.close)
         stack.enter_context(logged_exceptions())
+        name = settings.run_name or model.save_name
+        found = None if trained is not None else find_checkpoint(settings.chkpt_root, name, model)
+        loggers.open_log_file(_targets(settings, name, trained, found))
+        loggers.open_writer(None)
         stack.callback(datamodule.teardown)
         stack.enter_context(deterministic_kernels(settings.enable_deterministic))
         datamodule.prepare_data()
         datamodule.setup()
-        loader = datamodule.test_dataloader()
-        if loader is None:
-            raise ValueError(
-                f"{type(datamodule).__name__} has no test split: its setup must assign self._test_dataset"
-            )
+        loader = checked_loader(datamodule, "test", datamodule.test_dataloader())
         for plugin in plugins.values():
-            plugin.setup()
-            plugin.configure_model(model)
-        if not is_trained:
-            model.setup(fast_init=False)
-            name = settings.run_name or model.save_name
-            path = load_trained_model(settings.chkpt_root, name, model)
-            get_root_logger().info("testing the model %s", "as set up" if path is None else f"of {path}")
+            if trained is None or plugin not in trained.plugins:
+                plugin.setup()
+                plugin.configure_model(model)
+        if trained is None:
+            _set_up(model, plugins, found)
+        del found  # or a second copy of the state would stay in memory
         model.load_for_testing()
         hooks = Hooks(model, plugins)
         bars = ProgressBars(settings.enable_progress_bar, settings.train_unit, settings.total_steps)
@@ -62,3 +83,31 @@ def run_test(
         with torch.no_grad(), cudnn_benchmark(False):
             evaluate(loader, hooks.testing_batch, bars.evaluation("test", len(loader)))
         hooks.testing_end()
+
+
+def _targets(
+    settings: TrainerSettings, name: str, trained: Trained | None, found: tuple[Path, dict[str, Any]] | None
+) -> LogTargets:
+    """Choose where to write: where the training of the model did, if it did."""
+    targets = new_targets(
+        name,
+        settings.log_path if settings.enable_file_logging else None,
+        settings.run_path if settings.enable_tensorboard else None,
+    )
+    if trained is not None:
+        return targets.restored(trained.targets)
+    return targets if found is None else targets.restored(targets_in(found[1]))
+
+
+def _set_up(model: Model, plugins: PluginRegistry, found: tuple[Path, dict[str, Any]] | None) -> None:
+    """Set a model up that was not trained here, from a checkpoint if there is one."""
+    model.setup(fast_init=False)
+    if found is None:
+        get_root_logger().info("testing the model as set up: there is no checkpoint")
+        return
+    path, checkpoint = found
+    model.load_state_dict(checkpoint["model"])
+    for plug_id, plugin in plugins.items():
+        if plug_id in checkpoint:  # one that only tests has no state
+            plugin.load_state_dict(checkpoint[plug_id])
+    get_root_logger().info("testing the model of %s", path)

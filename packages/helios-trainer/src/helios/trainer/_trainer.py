@@ -10,7 +10,7 @@ from helios.trainer._fit import FitRun
 from helios.trainer._model import Model
 from helios.trainer._plugin import PluginRegistry
 from helios.trainer._settings import make_settings
-from helios.trainer._test_run import run_test
+from helios.trainer._test_run import Trained, run_test
 from helios.trainer._training_state import TrainingUnit
 
 Result = TypeVar("Result")
@@ -100,7 +100,7 @@ class Trainer:
         self.rank = self._execution.rank
         self.local_rank = self._execution.local_rank
         self.gpu_ids = list(self._execution.gpu_ids)
-        self._trained: Model | None = None
+        self._trained: Trained | None = None
 
     def fit(self, model: Model, datamodule: DataModule) -> bool:
         """Train, going on from the last good checkpoint of the run if there is one.
@@ -125,11 +125,8 @@ class Trainer:
             raise TypeError(f"model must define train_step to be trained, {type(model).__name__} does not")
         if self.settings.total_steps == 0:
             raise ValueError("total_steps is 0, there is nothing to train: give the Trainer a total_steps")
-        self._introduce(model, datamodule)
-        run = FitRun(self.settings, self._execution, model, datamodule, self.plugins)
         self._trained = None
-        if _call(run.run, "training", self.train_exceptions):
-            self._trained = model
+        _call(lambda: self._fit(model, datamodule), "training", self.train_exceptions)
         return True
 
     def test(self, model: Model, datamodule: DataModule) -> bool:
@@ -148,14 +145,19 @@ class Trainer:
                 the types in `test_exceptions` are passed unchanged.
         """
         self._check(model, datamodule)
-        self._introduce(model, datamodule)
-        is_trained = self._trained is model
-        _call(
-            lambda: run_test(self.settings, model, datamodule, self.plugins, is_trained),
-            "testing",
-            self.test_exceptions,
-        )
+        _call(lambda: self._test(model, datamodule), "testing", self.test_exceptions)
         return True
+
+    def _fit(self, model: Model, datamodule: DataModule) -> None:
+        self._introduce(model, datamodule)
+        run = FitRun(self.settings, self._execution, model, datamodule, self.plugins)
+        if run.run():
+            self._trained = Trained(model, tuple(self.plugins.values()), run.targets)
+
+    def _test(self, model: Model, datamodule: DataModule) -> None:
+        self._introduce(model, datamodule)
+        trained = self._trained if self._trained is not None and self._trained.model is model else None
+        run_test(self.settings, model, datamodule, self.plugins, trained)
 
     def _check(self, model: Model, datamodule: DataModule) -> None:
         if not isinstance(model, Model):
@@ -165,7 +167,7 @@ class Trainer:
 
     def _introduce(self, model: Model, datamodule: DataModule) -> None:
         """Make those who work together known to each other."""
-        for plugin in self.plugins.values():
+        for plugin in list(self.plugins.values()):  # configure_trainer may add some
             plugin.trainer = self
             plugin.configure_trainer(self)
         model.trainer = datamodule.trainer = self

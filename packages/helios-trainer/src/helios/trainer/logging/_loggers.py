@@ -4,9 +4,11 @@ import copy
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,56 +56,76 @@ class LogTargets:
 
 
 def new_targets(name: str, log_path: Path | None, run_path: Path | None) -> LogTargets:
-    """Choose the names of a new run: `<name>_<MonthDay_Hour-Minute-Second>`."""
-    stamped = f"{name}_{datetime.now().strftime(_TIME_FORMAT)}"
-    return LogTargets(
-        log_file=None if log_path is None else log_path / f"{stamped}.log",
-        run_folder=None if run_path is None else run_path / stamped,
-    )
+    """Choose names that nobody has: `<name>_<MonthDay_Hour-Minute-Second>`."""
+    moment = datetime.now()
+    while True:
+        stamped = f"{name}_{moment.strftime(_TIME_FORMAT)}"
+        targets = LogTargets(
+            log_file=None if log_path is None else log_path / f"{stamped}.log",
+            run_folder=None if run_path is None else run_path / stamped,
+        )
+        if not any(p is not None and p.exists() for p in (targets.log_file, targets.run_folder)):
+            return targets
+        moment += timedelta(seconds=1)  # another run began in this second
 
 
 class _ConsoleHandler(logging.Handler):
     """Writes lines above the progress bars instead of through them; tracebacks are for the log file."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        record = copy.copy(record)
-        record.exc_info = record.exc_text = None
-        tqdm.write(self.format(record), file=sys.stdout)
+        try:
+            record = copy.copy(record)
+            record.exc_info = record.exc_text = None
+            tqdm.write(self.format(record), file=sys.stdout)
+        except Exception:  # as every handler of the standard library: a closed terminal must not end a run
+            self.handleError(record)
 
 
 class RunLoggers:
-    """The open loggers of a run. `close` them.
+    """The open loggers of a run: the console at first, then what `open_log_file` and `open_writer` add.
+
+    What is logged before there is a log file is written to it once there is. `close` puts everything back.
 
     Args:
-        targets: where to write.
         capture_warnings: write Python's warnings to the same places.
-        event_sizes: when a run is resumed, the sizes of its event files at the checkpoint.
     """
 
-    def __init__(
-        self, targets: LogTargets, *, capture_warnings: bool, event_sizes: Mapping[str, int] | None
-    ) -> None:
-        self.targets = targets
+    def __init__(self, *, capture_warnings: bool) -> None:
+        self.targets = LogTargets(log_file=None, run_folder=None)
         self._writer: Any = None
-        self._capture_warnings = capture_warnings
         self._loggers = [get_root_logger()]
+        # Whoever captured warnings before goes on doing so after.
+        self._starts_capture = capture_warnings and warnings.showwarning.__module__ != logging.__name__
         if capture_warnings:
             logging.captureWarnings(True)
             self._loggers.append(logging.getLogger("py.warnings"))
         self._level_before = get_root_logger().level
         get_root_logger().setLevel(logging.INFO)
-        self._handlers: list[logging.Handler] = [_ConsoleHandler()]
-        try:
-            if targets.log_file is not None:
-                self._handlers.append(_open_log_file(targets.log_file))
-            if targets.run_folder is not None:
-                self._writer = _open_writer(targets.run_folder, event_sizes)
-        finally:
-            for handler in self._handlers:
-                handler.setFormatter(logging.Formatter(_LINE_FORMAT, "%Y-%m-%d %H:%M:%S"))
-                for logger in self._loggers:
-                    logger.addHandler(handler)
-        vars(get_root_logger())["tensorboard_writer"] = self._writer
+        self._early = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+        self._handlers: list[logging.Handler] = []
+        self._add(_ConsoleHandler())
+        self._add(self._early)
+
+    def open_log_file(self, targets: LogTargets) -> None:
+        """Take the places to write to, and write to the log file, if there is to be one."""
+        self.targets = targets
+        if targets.log_file is not None:
+            file = _open_log_file(targets.log_file)
+            self._add(file)
+            self._early.setTarget(file)
+            self._early.flush()
+        self._remove(self._early)
+
+    def open_writer(self, event_sizes: Mapping[str, int] | None) -> None:
+        """Write TensorBoard events, if it is enabled.
+
+        Args:
+            event_sizes: when a run is resumed, the sizes of its event files at the checkpoint: what they have
+                beyond is purged.
+        """
+        if self.targets.run_folder is not None:
+            self._writer = _open_writer(self.targets.run_folder, event_sizes)
+            vars(get_root_logger())["tensorboard_writer"] = self._writer
 
     def event_sizes(self) -> dict[str, int]:
         """Write out what TensorBoard was given and return the sizes of its files."""
@@ -115,15 +137,25 @@ class RunLoggers:
     def close(self) -> None:
         """Write everything out and let go of the loggers."""
         vars(get_root_logger()).pop("tensorboard_writer", None)
+        for handler in list(self._handlers):
+            self._remove(handler)
+        get_root_logger().setLevel(self._level_before)
+        if self._starts_capture:
+            logging.captureWarnings(False)
         if self._writer is not None:
             self._writer.close()
-        if self._capture_warnings:
-            logging.captureWarnings(False)
-        for handler in self._handlers:
-            for logger in self._loggers:
-                logger.removeHandler(handler)
-            handler.close()
-        get_root_logger().setLevel(self._level_before)
+
+    def _add(self, handler: logging.Handler) -> None:
+        handler.setFormatter(logging.Formatter(_LINE_FORMAT, "%Y-%m-%d %H:%M:%S"))
+        for logger in self._loggers:
+            logger.addHandler(handler)
+        self._handlers.append(handler)
+
+    def _remove(self, handler: logging.Handler) -> None:
+        for logger in self._loggers:
+            logger.removeHandler(handler)
+        self._handlers.remove(handler)
+        handler.close()
 
 
 def _open_log_file(path: Path) -> logging.Handler:

@@ -1,0 +1,53 @@
+"""A note beside the checkpoints of a run that has none yet: where it writes its logs.
+
+A run that is killed before its first checkpoint starts from the beginning again. It must go on in the same
+log file and TensorBoard folder, or its scalars would be there twice. The note is gone once there is a
+checkpoint, or when the run ends in any way but being killed.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from helios.trainer.logging import LogTargets
+
+
+class StartNote:
+    """The note of a run.
+
+    Args:
+        root: folder of the checkpoints.
+        run_name: name of the run.
+        settings: what must be the same for a start to be the same run, as JSON values.
+    """
+
+    def __init__(self, root: Path, run_name: str, settings: dict[str, Any]) -> None:
+        self._path = root / f".{run_name}.start.json"
+        self._settings = settings
+
+    def read(self) -> LogTargets | None:
+        """Return where a killed run with these settings wrote, or None if there was none."""
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+            note = json.loads(self._path.read_text(encoding="utf-8"))
+            if note["settings"] == self._settings:
+                log_file, run_folder = note["log_path"], note["run_path"]
+                return LogTargets(
+                    log_file=None if log_file is None else Path(log_file),
+                    run_folder=None if run_folder is None else Path(run_folder),
+                )
+        return None
+
+    def write(self, targets: LogTargets) -> None:
+        """Note where a run that starts from the beginning writes."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        note = {
+            "settings": self._settings,
+            "log_path": None if targets.log_file is None else str(targets.log_file),
+            "run_path": None if targets.run_folder is None else str(targets.run_folder),
+        }
+        self._path.write_text(json.dumps(note), encoding="utf-8")
+
+    def remove(self) -> None:
+        """Remove the note, if it is there."""
+        self._path.unlink(missing_ok=True)
