@@ -97,7 +97,7 @@ def isolate(session: nox.Session, name: str, wheels: Path, place: Path) -> None:
     shutil.copytree(ROOT / "packages" / name / "tests", place / "tests")
     shutil.copy(ROOT / "packages" / name / "README.md", place)  # its examples are tested
     with session.chdir(place):
-        options = ["--import-mode=importlib", "-q", "-p", "no:cacheprovider", "-W", "error"]
+        options = ["--import-mode=importlib", "-q", "-p", "no:cacheprovider"]
         session.run(python, "-I", "-m", "pytest", *options, "tests", external=True)
     if SIBLINGS[name]:
         # In a checkout the folder alone is enough: its siblings come from beside it.

@@ -115,9 +115,9 @@ class DigitsModel(Model):
     def train_step(self, batch: Any, state: TrainingState) -> None:
         images, labels, _ = (part.to(self.device) for part in batch)
         loss = functional.cross_entropy(self.net(images), labels)
-        self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        self.optimizer.zero_grad()  # after the step, not before: a checkpoint then holds no used gradients
         self.scheduler.step()
         self._loss_items["loss"] = loss
 

@@ -11,7 +11,11 @@ import torch
 
 from helios import chkpt
 
-DTYPES = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
+# Quantised dtypes make no tensor without a scale; that such tensors are refused is tested below.
+DTYPES = sorted(
+    {d for d in vars(torch).values() if isinstance(d, torch.dtype) and not str(d).startswith("torch.q")},
+    key=str,
+)
 MIB = 1 << 20
 Views = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
@@ -34,14 +38,11 @@ def round_trip(state: dict[str, object], folder: Path, *, mmap: bool = False) ->
 @pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_bit_for_bit(dtype: torch.dtype, mmap: bool, tmp_path: Path) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # some dtypes are deprecated or experimental
-            storage = torch.arange(128, 192, dtype=torch.uint8).untyped_storage()
-            x = torch.empty(0, dtype=dtype).set_(storage, 1, (2, 1), (1, 1))
-            state = {"x": x, "empty": torch.empty(0, 3, dtype=dtype), "d0": x[0, 0]}
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        pytest.skip(f"this torch cannot make {dtype}: {error}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some dtypes are deprecated or experimental
+        storage = torch.arange(128, 192, dtype=torch.uint8).untyped_storage()
+        x = torch.empty(0, dtype=dtype).set_(storage, 1, (2, 1), (1, 1))
+        state = {"x": x, "empty": torch.empty(0, 3, dtype=dtype), "d0": x[0, 0]}
     try:
         loaded = round_trip(state, tmp_path, mmap=mmap)
     except TypeError as error:
