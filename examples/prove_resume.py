@@ -105,22 +105,31 @@ def kill_in_mid_epoch(run: Run, chance: random.Random) -> str:
 
 def kill_in_save(run: Run, chance: random.Random) -> str:
     """Kill during a save: its temporary file must be there before and after."""
-    for attempt in range(1, 6):
-        target = run.num_batches() + chance.randint(1, 2 * BATCHES_PER_EPOCH)
-        was_running = kill_when(run, 0, lambda t=target: run.num_batches() >= t and run.is_saving())
-        if not was_running:
+    for attempt in range(1, 11):
+        target = run.num_batches() + chance.randint(1, BATCHES_PER_EPOCH)
+        if not kill_when(run, 0, lambda t=target: run.num_batches() >= t and run.is_saving()):
             sys.exit("the run ended before it was killed in a save")
         if run.is_saving():
             return f"during a save (attempt {attempt})"
     sys.exit("no kill hit a save")
 
 
-def kill_anywhere(run: Run, chance: random.Random, start_up_s: float, run_s: float) -> str:
-    """Kill after a random time: perhaps in start-up, perhaps in the middle of a validation."""
-    end_s = time.monotonic() + chance.uniform(0, start_up_s + run_s / 3)
-    if not kill_when(run, 1, lambda: time.monotonic() > end_s):
+def kill_anywhere(run: Run, chance: random.Random) -> str:
+    """Kill in start-up, or some milliseconds after some batch: in a step, a validation, a save, ..."""
+    num_more = chance.randint(-30, 200)
+    before = run.num_batches()
+    end_s = time.monotonic() + chance.uniform(0, 2) if num_more < 0 else float("inf")
+    delay_s = chance.uniform(0, 0.05)
+
+    def is_time() -> bool:
+        if num_more >= 0 and run.num_batches() >= before + num_more:
+            time.sleep(delay_s)
+            return True
+        return time.monotonic() > end_s
+
+    if not kill_when(run, 1, is_time):
         sys.exit("the run ended before it was killed anywhere")
-    return f"anywhere, at batch {run.num_batches()}"
+    return "anywhere: " + ("in start-up" if num_more < 0 else f"at batch {run.num_batches()}")
 
 
 def digest(value: Any) -> str:
@@ -147,14 +156,16 @@ def digest(value: Any) -> str:
 
 
 def read_trace(path: Path) -> list[str]:
-    """Return one line for each batch. Batches trained on again after a kill must be the same again."""
+    """Return one line for each batch.
+
+    Raises:
+        ValueError: a batch that was trained on again after a kill was another one.
+    """
     lines: dict[int, str] = {}
     for line in path.read_text().splitlines():
         iteration = int(line.split()[1])
         if lines.setdefault(iteration, line) != line:
-            sys.exit(
-                f"batch {iteration} was another one when it was trained on again:\n{lines[iteration]}\n{line}"
-            )
+            raise ValueError(f"batch {iteration} was another one when repeated:\n{lines[iteration]}\n{line}")
     return [lines[iteration] for iteration in sorted(lines)]
 
 
@@ -194,8 +205,7 @@ def prove(folder: Path, unit: str, epochs: int, seed: int) -> bool:
     accuracy = {"whole": whole.finish(num_workers=2)}
     run_s = time.monotonic() - began_s
     print(f"uninterrupted: {run_s:.1f} s, test accuracy {accuracy['whole']}")
-    kills = [kill_in_mid_epoch(killed, chance), kill_in_save(killed, chance)]
-    kills.append(kill_anywhere(killed, chance, start_up_s=4.0, run_s=run_s))
+    kills = [kill(killed, chance) for kill in (kill_in_mid_epoch, kill_in_save, kill_anywhere)]
     for number, kill in enumerate(kills, 1):
         print(f"kill {number}: {kill}")
     accuracy["killed"] = killed.finish(num_workers=2)
