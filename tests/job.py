@@ -117,6 +117,7 @@ class PointsModel(Model):
     def on_training_start(self) -> None:
         torch.rand(3)  # what is drawn here must not matter on resume
         random.random()
+        hl_logging.get_tensorboard_writer().add_scalar("start", 1.0, 0)  # and what is logged is there once
 
     def on_training_epoch_start(self, epoch: int) -> None:
         self._job.die_at("on_training_epoch_start", epoch)

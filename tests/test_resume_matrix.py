@@ -111,7 +111,7 @@ def test_a_finished_run_that_is_started_again_does_nothing(run_job, reference, t
     job = job_of(tmp_path, "epoch", 1, True)
     run_killed(run_job, job, [])
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()}
-    assert run_job(dataclasses.replace(job, kill=("setup", 0))) == 0  # not even set up
+    assert run_job(dataclasses.replace(job, kill=("on_training_epoch_start", 1))) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()} == before
     assert "nothing to do" in (tmp_path / "output.txt").read_text()
     assert differing(evidence(job), reference("epoch", 1, True)) == []

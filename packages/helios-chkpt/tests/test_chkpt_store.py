@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
@@ -305,3 +306,20 @@ def test_bad_stores(arguments: dict[str, object], kind: type[Exception], name: s
     with pytest.raises(kind, match=name):
         CheckpointStore(**{"root": tmp_path / "root", "run_name": "run", **arguments})  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_child_of_a_killed_writer_still_locks_is_swept_later(tmp_path: Path) -> None:
+    """Loader workers inherit the lock of a killed writer, and live on for some seconds."""
+    orphan = tmp_path / ".run_epoch_1_iter_1.pth.0123456789abcdef.tmp"
+    with orphan.open("wb") as inherited:
+        fcntl.flock(inherited, fcntl.LOCK_EX)
+        store = chkpt.CheckpointStore(tmp_path, "run")
+        assert orphan.exists()
+    store.save({"x": 1}, epoch=1, iteration=2)  # the worker is gone by now
+    assert not orphan.exists()
+    with orphan.open("wb") as inherited:
+        fcntl.flock(inherited, fcntl.LOCK_EX)
+        store.save({"x": 1}, epoch=1, iteration=3)
+        assert orphan.exists()
+    store.close()
+    assert not orphan.exists()

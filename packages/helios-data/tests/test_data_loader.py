@@ -784,9 +784,7 @@ class NoLength:
             ValueError,
             "sampler must be for the 22 samples of the dataset, found one for 9",
         ),
-        ({"prefetch_factor": 2}, ValueError, "prefetch_factor"),
-        ({"timeout": -1}, ValueError, "timeout"),
-        ({"persistent_workers": True}, ValueError, "persistent_workers"),
+        ({"num_workers": 1, "timeout": -1}, ValueError, "timeout"),
     ],
 )
 def test_wrong_options_are_named(options, error, message):

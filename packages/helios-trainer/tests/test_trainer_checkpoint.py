@@ -20,6 +20,11 @@ def fit(kit, root, *, unit="EPOCH", total_steps=2, model=None, **options):
     return model
 
 
+def was_only_loaded(model):
+    """Whether a model was set up (and given its state), and no hook was called."""
+    return [call[0] for call in model.trace] == ["setup"]
+
+
 def test_a_checkpoint_opens_without_helios(kit, tmp_path, python):
     trainer = kit.trainer(
         total_steps=1,
@@ -85,8 +90,8 @@ def test_names_have_epoch_and_iteration(kit, tmp_path):
 def test_any_run_name_is_found_again(kit, tmp_path, name):
     fit(kit, tmp_path, run_name=name)
     again = fit(kit, tmp_path, run_name=name)
-    assert again.trace == []  # finished before
-    assert fit(kit, tmp_path, run_name="run").trace != []  # control: another run in the same folder
+    assert was_only_loaded(again)  # finished before
+    assert not was_only_loaded(fit(kit, tmp_path, run_name="run"))  # control: another run in the same folder
 
 
 def test_without_a_run_name_the_save_name_is_used(kit, tmp_path):
@@ -139,7 +144,7 @@ def test_a_finished_run_does_nothing_and_says_so(kit, tmp_path, capsys):
     capsys.readouterr()
     data, model = kit.Data(), kit.Net()
     assert kit.trainer(chkpt_root=tmp_path, chkpt_frequency=1).fit(model, data) is True
-    assert model.trace == []
+    assert was_only_loaded(model)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
     said = capsys.readouterr().out
     assert "nothing to do: run net finished before (epoch 2, iteration 6; total_steps reached)" in said
@@ -150,7 +155,7 @@ def test_a_run_that_was_stopped_stays_finished_with_more_steps(kit, tmp_path, re
     options = {"valid_frequency": 1, "early_stop_cycles": 1}
     never = {"improved": {1: False}} if reason == "early" else {"stop": lambda model: True}
     fit(kit, tmp_path, total_steps=5, model=kit.Net(**never), **options)
-    assert fit(kit, tmp_path, total_steps=9, model=kit.Net(**never), **options).trace == []
+    assert was_only_loaded(fit(kit, tmp_path, total_steps=9, model=kit.Net(**never), **options))
 
 
 @pytest.mark.parametrize(("unit", "few", "many"), [("EPOCH", 2, 4), ("ITERATION", 6, 12)])
@@ -189,3 +194,20 @@ def test_a_value_that_cannot_be_stored_is_named(kit, tmp_path):
 
     with pytest.raises(RuntimeError, match=r"model\.table\.bad"):
         fit(kit, tmp_path, model=Foreign())
+
+
+def test_a_state_dict_must_return_a_dict(kit, tmp_path):
+    model = kit.Net()
+    model.state_dict = lambda: None
+    with pytest.raises(RuntimeError, match="state_dict of the model must return a dict, found NoneType"):
+        fit(kit, tmp_path, model=model)
+    assert files(tmp_path) == []
+
+
+def test_a_model_that_saves_nothing_is_warned_of(kit, tmp_path, capsys):
+    model = kit.Net()
+    model.state_dict = dict
+    fit(kit, tmp_path, model=model)
+    assert capsys.readouterr().out.count("Net.state_dict() is empty, though the model has networks") == 1
+    fit(kit, tmp_path / "control")
+    assert "is empty" not in capsys.readouterr().out

@@ -169,7 +169,6 @@ def test_plugins_come_before_the_model(kit):
         have_metrics_improved plug.should_training_stop should_training_stop on_training_epoch_end
         plug.should_training_stop should_training_stop
         plug2.on_training_end plug.on_training_end on_training_end
-        plug2.configure_trainer plug.configure_trainer
         load_for_testing eval plug2.on_testing_start plug.on_testing_start on_testing_start
         on_testing_batch_start plug.process_testing_batch test_step on_testing_batch_end
         plug2.on_testing_end plug.on_testing_end on_testing_end
@@ -299,3 +298,21 @@ def test_validations_shuffle_anew_and_draw_no_training_randomness(kit):
     assert sorted(index for order in orders[:4] for index in order) == list(range(8))
     assert with_validation.batches == without.batches
     assert kit.bits(with_validation.state_dict()["net"]) == kit.bits(without.state_dict()["net"])
+
+
+def test_a_plugin_is_configured_once_and_may_add_others(kit):
+    class Child(kit.Plugin):
+        def configure_trainer(self, trainer):
+            configured.append((self.plug_id, self.trainer is trainer))
+
+    class Parent(Child):
+        def configure_trainer(self, trainer):
+            super().configure_trainer(trainer)
+            trainer.plugins.append(Child("child"))
+
+    configured = []
+    trainer, model = kit.trainer(), kit.Net()
+    trainer.plugins.append(Parent("parent"))
+    trainer.fit(model, kit.Data())
+    trainer.test(model, kit.Data())
+    assert configured == [("parent", True), ("child", True)]

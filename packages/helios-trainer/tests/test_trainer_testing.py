@@ -1,6 +1,10 @@
 """test(): what is tested, and where it is logged."""
 
+import random
+import warnings
+
 import pytest
+import torch
 
 from helios.trainer.logging import get_root_logger, get_tensorboard_writer
 
@@ -34,7 +38,7 @@ def test_a_fresh_trainer_tests_the_last_checkpoint(kit, tmp_path, capsys):
     control = kit.Net()
     kit.trainer().test(control, kit.Data())
     assert control._test_scores != trained._test_scores
-    assert "testing the model as set up: there is no checkpoint" in capsys.readouterr().out
+    assert "testing the model as it was set up: no checkpoint of the run was found" in capsys.readouterr().out
 
 
 def test_another_model_is_not_taken_for_the_trained_one(kit):
@@ -105,3 +109,36 @@ def test_logs_of_the_run_go_on(kit, tmp_path, is_fresh):
     assert "tested: {'sum':" in log.read_text() and "finished: total_steps" in log.read_text()
     assert len(list(folder.iterdir())) == 2  # event files, one of each call
     assert get_tensorboard_writer() is None
+
+
+def test_testing_again_after_a_restart_is_the_same_test(kit, tmp_path):
+    """Same scores though the test draws numbers, every scalar once, and a usable model after `fit`."""
+
+    class Drawing(kit.Net):
+        def test_step(self, batch, step):
+            super().test_step(batch, step)
+            drawn = torch.rand(()).item() + random.random()
+            self._test_scores["drawn"] = self._test_scores.get("drawn", 0) + drawn
+            get_tensorboard_writer().add_scalar("test", drawn, step)
+
+    def fit_and_test():
+        logs = {"enable_tensorboard": True, "run_path": tmp_path / "tb"}
+        trainer, model = kit.trainer(chkpt_root=tmp_path / "chkpt", chkpt_frequency=1, **logs), Drawing()
+        trainer.fit(model, kit.Data())
+        drawn_after_fit = torch.rand(()).item()
+        trainer.test(model, kit.Data())
+        return kit.bits(model.state_dict()), dict(model._test_scores), drawn_after_fit
+
+    first = fit_and_test()
+    assert fit_and_test() == first  # fit finds a finished run
+    fresh = Drawing()
+    logs = {"enable_tensorboard": True, "run_path": tmp_path / "tb"}
+    kit.trainer(chkpt_root=tmp_path / "chkpt", **logs).test(fresh, kit.Data())
+    assert (kit.bits(fresh.state_dict()), dict(fresh._test_scores)) == first[:2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    (folder,) = (tmp_path / "tb").iterdir()
+    events = EventAccumulator(str(folder), purge_orphaned_data=False)
+    events.Reload()
+    assert [event.step for event in events.Scalars("test")] == [0, 1]

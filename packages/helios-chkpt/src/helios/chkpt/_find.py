@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,9 @@ class Found:
     mtime_ns: int
 
 
-def find_last_checkpoint(root: str | os.PathLike[str], run_name: str | None = None) -> Path | None:
+def find_last_checkpoint(
+    root: str | os.PathLike[str], run_name: str | None = None, *, safe_types: Sequence[type] = ()
+) -> Path | None:
     """The checkpoint directly in `root` with the highest (epoch, iteration) that passes `verify`.
 
     Of several with the same numbers the one changed last counts. Each file that is skipped is reported, with
@@ -34,6 +37,7 @@ def find_last_checkpoint(root: str | os.PathLike[str], run_name: str | None = No
     Args:
         root: the folder.
         run_name: look at this run only; None for all.
+        safe_types: as for `load`: a file that holds other classes does not verify.
 
     Returns:
         The path, or None if there is none or no folder `root`.
@@ -46,7 +50,8 @@ def find_last_checkpoint(root: str | os.PathLike[str], run_name: str | None = No
     folder = as_path("root", root)
     if run_name is not None:
         check_run_name(run_name)
-    return next((found.path for found in reversed(listed(folder, run_name)) if verifies(found.path)), None)
+    candidates = (found.path for found in reversed(listed(folder, run_name)))
+    return next((path for path in candidates if verifies(path, safe_types)), None)
 
 
 def check_run_name(run_name: object) -> None:
@@ -74,10 +79,10 @@ def listed(folder: Path, run_name: str | None) -> list[Found]:
     return found
 
 
-def verifies(path: Path) -> bool:
+def verifies(path: Path, safe_types: Sequence[type] = ()) -> bool:
     """Whether `path` passes `verify`; the reason why not is logged."""
     try:
-        verify(path)
+        verify(path, safe_types=safe_types)
     except (CheckpointError, OSError) as error:
         _LOGGER.warning("skipped %s: %s: %s", path, type(error).__name__, error)
         return False

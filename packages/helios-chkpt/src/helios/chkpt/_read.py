@@ -69,18 +69,14 @@ def load(
     check_bool("verify", verify)
     if mmap is not None:
         check_bool("mmap", mmap)
-    if isinstance(safe_types, str) or not isinstance(safe_types, Sequence):
-        raise TypeError(f"safe_types: expected a sequence of classes, got {type(safe_types).__name__}")
-    for kind in safe_types:
-        if not isinstance(kind, type):
-            raise TypeError(f"safe_types: expected classes, got {kind!r}")
+    _check_types(safe_types)
     with open_regular(target) as file:
         state = read_state(file, target, map_location, mmap, crc=verify, safe_types=safe_types)
     check_version(state.get("version"), target, present="version" in state)
     return state
 
 
-def verify(path: str | os.PathLike[str]) -> None:
+def verify(path: str | os.PathLike[str], *, safe_types: Sequence[type] = ()) -> None:
     """Check that a file is a whole checkpoint: every CRC, and that it loads; tensors are mapped, not read in.
 
     The version is not judged: a file of another major release that is whole passes, and `load` says what to
@@ -92,11 +88,20 @@ def verify(path: str | os.PathLike[str]) -> None:
         TypeError, ValueError: `path` is no path.
     """
     target = as_path("path", path)
+    _check_types(safe_types)
     with open_regular(target) as file:
         try:
-            read_state(file, target, "cpu", True, crc=True, safe_types=())
+            read_state(file, target, "cpu", True, crc=True, safe_types=safe_types)
         except (VersionTooOldError, VersionTooNewError):
             return
+
+
+def _check_types(safe_types: object) -> None:
+    if isinstance(safe_types, str) or not isinstance(safe_types, Sequence):
+        raise TypeError(f"safe_types: expected a sequence of classes, got {type(safe_types).__name__}")
+    for kind in safe_types:
+        if not isinstance(kind, type):
+            raise TypeError(f"safe_types: expected classes, got {kind!r}")
 
 
 def open_regular(path: Path) -> IO[bytes]:

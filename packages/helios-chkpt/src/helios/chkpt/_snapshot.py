@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import codecs
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -20,7 +20,9 @@ TOO_DEEP = "state: nested too deep for what the caller left of the interpreter's
 _MAX_TEXT = 2**30  # pickled text has a length of four bytes, and up to four bytes a character
 _MAX_INT_BITS = 255 * 8 - 1  # a pickled int has a length of one byte, and a sign
 _ATOMS = (bool, float, complex, type(None))
-_PLAIN = "dict, OrderedDict, list, tuple, str, bytes, bool, int, float, complex, None and torch.Tensor"
+_PLAIN = (
+    "dict, OrderedDict, Counter, list, tuple, str, bytes, bool, int, float, complex, None and torch.Tensor"
+)
 
 
 class _EmptyBytes:
@@ -95,7 +97,7 @@ class _Walk:
             return value
         if kind is int or kind is str or kind is bytes:
             return _sized(value, place)
-        if kind in (dict, OrderedDict, list, tuple):
+        if kind in (dict, OrderedDict, Counter, list, tuple):
             return self._container(value, place, depth)
         if kind is torch.Tensor or kind is torch.nn.Parameter:
             assert isinstance(value, torch.Tensor)
@@ -126,6 +128,8 @@ class _Walk:
 
     def _mapping(self, value: dict[object, object], place: _Place, depth: int) -> dict[object, object]:
         stored: dict[object, object] = OrderedDict() if isinstance(value, OrderedDict) else {}
+        if isinstance(value, Counter):  # MultiStepLR keeps its milestones in one
+            stored = cast("dict[object, object]", Counter())
         for key, item in value.items():
             here = _Place(place, key)
             stored[_key(key, here, 0)] = self.value(item, here, depth + 1)

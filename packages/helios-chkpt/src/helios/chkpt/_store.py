@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import logging
 import os
 import threading
@@ -52,9 +53,7 @@ class CheckpointStore:
         self._newest: Path | None = None
         self._verified: dict[Path, tuple[int, ...]] = {}
         self._root.mkdir(parents=True, exist_ok=True)
-        for temp, target in orphans(self._root):
-            if _is_of_run(target, run_name) and sweep(temp):
-                _LOGGER.info("deleted %s, left by a writer that was killed", temp)
+        self._sweep()
 
     def save(self, state: Mapping[str, object], *, epoch: int, iteration: int, metadata: str = "") -> Path:
         """Save like `helios.chkpt.save`, under the name of this run, epoch and iteration; then prune.
@@ -140,6 +139,7 @@ class CheckpointStore:
         if not self._closed:
             try:
                 self.wait()
+                self._sweep()
             finally:
                 self._closed = True
 
@@ -156,12 +156,24 @@ class CheckpointStore:
                 raise
             error.add_note(f"Besides, the last checkpoint was not saved: {type(lost).__name__}: {lost}")
 
+    def _sweep(self) -> None:
+        """Delete what killed writers of this run left.
+
+        Not only at the start: worker processes that a killed writer had forked inherit its lock, and live on
+        for some seconds.
+        """
+        with contextlib.suppress(FileNotFoundError):  # the folder is gone: whoever saves next will say so
+            for temp, target in orphans(self._root):
+                if _is_of_run(target, self._run_name) and sweep(temp):
+                    _LOGGER.info("deleted %s, left by a writer that was killed", temp)
+
     def _path(self, epoch: int, iteration: int, metadata: str) -> Path:
         return self._root / format_name(CheckpointName(self._run_name, epoch, iteration, metadata))
 
     def _write(self, stored: dict[str, object], path: Path) -> None:
         write_snapshot(stored, path)
         self._newest = path
+        self._sweep()
         if self._keep_last is not None:
             verify(path)
             self._verified[path] = _identity(path)

@@ -116,7 +116,8 @@ def create_dataloader(
             or ranks; "worker" seeds each worker once instead, and is not exact after a resume in mid-epoch
             (with persistent workers: after any). Without workers it leaves the generators alone.
         worker_init_fn: called with the worker's id in each worker, after Helios has seeded it.
-        prefetch_factor: batches each worker fetches ahead; None is torch's 2.
+        prefetch_factor: batches each worker fetches ahead; None is torch's 2. Like the three that concern workers
+            below, it has no effect without workers.
         persistent_workers: keep the workers between epochs.
         timeout: seconds to wait for a batch from a worker; 0 waits for ever.
         multiprocessing_context: how workers start, as torch's DataLoader takes it.
@@ -163,11 +164,11 @@ def create_dataloader(
         worker_init_fn=worker_init_fn,
         pin_memory=pin_memory,
         num_workers=workers,
-        # torch refuses these without workers; debug_mode must not make them errors.
-        prefetch_factor=prefetch_factor if workers or not debug_mode else None,
-        persistent_workers=persistent_workers and bool(workers or not debug_mode),
-        timeout=timeout if workers or not debug_mode else 0,
-        multiprocessing_context=multiprocessing_context if workers or not debug_mode else None,
+        # torch refuses these without workers; but a run may go on with fewer workers, or none.
+        prefetch_factor=prefetch_factor if workers else None,
+        persistent_workers=persistent_workers and workers > 0,
+        timeout=timeout if workers else 0,
+        multiprocessing_context=multiprocessing_context if workers else None,
     )
 
 

@@ -16,10 +16,10 @@ from helios.trainer._modules import (
     restore_gradients,
     restore_training_modes,
 )
-from helios.trainer._plugin import PluginRegistry
+from helios.trainer._plugin import RESERVED_KEYS, PluginRegistry
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._training_state import TrainingState
-from helios.trainer.logging import LogTargets
+from helios.trainer.logging import LogTargets, get_root_logger
 
 _ALWAYS = ("training_state", "model", "rng", "data")
 _OWN = ("cut", "stop", "settings", "tables", "gradients", "modes", "event_sizes")
@@ -49,7 +49,7 @@ def build_checkpoint(
     }
     checkpoint: dict[str, Any] = {
         "training_state": {**state.to_dict(), "trainer": own},
-        "model": model.state_dict(),
+        "model": checked_state("model", model.state_dict()),
         "data": dict(train_loader.state_dict()),
     }
     if targets.log_file is not None:
@@ -57,9 +57,16 @@ def build_checkpoint(
     if targets.run_folder is not None:
         checkpoint["run_path"] = str(targets.run_folder)
     for plug_id, plugin in plugins.items():
-        checkpoint[plug_id] = plugin.state_dict()
+        checkpoint[plug_id] = checked_state(f"plug-in {plug_id!r}", plugin.state_dict())
     checkpoint["rng"] = get_rng_state_dict()  # last, in case a state_dict above drew a number
     return checkpoint
+
+
+def checked_state(owner: str, state: Any) -> dict[str, Any]:
+    """Return what a state_dict() returned, if it is a dict."""
+    if not isinstance(state, dict):
+        raise TypeError(f"state_dict of the {owner} must return a dict, found {type(state).__name__}")
+    return state
 
 
 class Resumption:
@@ -118,6 +125,13 @@ class Resumption:
         Raises:
             ValueError: the checkpoint has no state of a plug-in.
         """
+        unknown = sorted(set(self._checkpoint) - set(plugins) - RESERVED_KEYS)
+        if unknown:
+            get_root_logger().warning(
+                "%s has state under %s, which is no plug-in of this trainer: the run goes on without it",
+                self.path,
+                ", ".join(unknown),
+            )
         missing = [plug_id for plug_id in plugins if plug_id not in self._checkpoint]
         if missing:
             raise ValueError(
@@ -134,24 +148,34 @@ class Resumption:
         sizes: dict[str, int] = self._own["event_sizes"]
         return sizes
 
-    def restore_objects(
-        self, model: Model, plugins: PluginRegistry, train_loader: ResumableDataLoader
-    ) -> None:
-        """Give model, plug-ins and loader their states; after `setup`."""
+    @property
+    def loader_state(self) -> dict[str, Any]:
+        """Where the training loader stands."""
+        state: dict[str, Any] = self._checkpoint["data"]
+        return state
+
+    def restore_objects(self, model: Model, plugins: PluginRegistry) -> None:
+        """Give model and plug-ins their states; after `setup`."""
         model.load_state_dict(self._checkpoint["model"])
         for plug_id, plugin in plugins.items():
             plugin.load_state_dict(self._checkpoint[plug_id])
-        train_loader.load_state_dict(self._checkpoint["data"])
 
-    def restore_surroundings(self, model: Model) -> None:
-        """Put back what the hooks at the start of training may have touched; last before the loop."""
+    def restore_surroundings(self, model: Model, is_over: bool = False) -> None:
+        """Put back what the hooks at the start of training may have touched; last before the loop.
+
+        Args:
+            model: the user's model.
+            is_over: training does not go on. If it does, from its end, `on_training_end` may have switched
+                to evaluation.
+        """
         restore_tables(model, self._own["tables"])
         restore_gradients(model, self._own["gradients"])
         restore_frozen(model, self._own["modes"])
-        if self.cut.point is not CutPoint.FINISHED:  # on_training_end may have switched to evaluation
+        if is_over or self.cut.point is not CutPoint.FINISHED:
             restore_training_modes(model, self._own["modes"])
         load_rng_state_dict(self._checkpoint["rng"])
-        self._checkpoint = self._own = {}  # or second copies of weights and gradients would stay in memory
+        # Or second copies of weights and gradients would stay in memory.
+        self._checkpoint, self._own = {}, {"event_sizes": self._own["event_sizes"]}
 
 
 def targets_in(checkpoint: Mapping[str, Any]) -> LogTargets:
@@ -165,10 +189,11 @@ def targets_in(checkpoint: Mapping[str, Any]) -> LogTargets:
 
 def find_checkpoint(root: Path | None, run_name: str, model: Model) -> tuple[Path, dict[str, Any]] | None:
     """Return path and content of the last good checkpoint of a run, on the model's device; or None."""
-    path = None if root is None else find_last_checkpoint(root, run_name)
+    types = model.types_for_safe_load()
+    path = None if root is None else find_last_checkpoint(root, run_name, safe_types=types)
     if path is None:
         return None
-    return path, load(path, map_location=model.map_loc, safe_types=model.types_for_safe_load())
+    return path, load(path, map_location=model.map_loc, safe_types=types)
 
 
 def find_resumption(root: Path | None, run_name: str, model: Model) -> Resumption | None:

@@ -1,7 +1,7 @@
 """One call of `fit`: everything between the arguments and the loop, and after it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,11 +15,13 @@ from helios.trainer._execution import Execution, cudnn_benchmark, deterministic_
 from helios.trainer._hooks import Hooks
 from helios.trainer._loop import Cut, CutPoint, StopReason, TrainingLoop, describe
 from helios.trainer._model import Model
+from helios.trainer._modules import named_networks
 from helios.trainer._plugin import PluginRegistry
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._start_note import StartNote
+from helios.trainer._trained import Trained
 from helios.trainer._training_state import TrainingState, TrainingUnit
-from helios.trainer.logging import LogTargets, RunLoggers, get_root_logger
+from helios.trainer.logging import RunLoggers, get_root_logger
 from helios.trainer.logging._loggers import new_targets
 
 
@@ -54,17 +56,8 @@ class FitRun:
         if settings.chkpt_root is not None and settings.chkpt_frequency is not None:
             self._start_note = StartNote(settings.chkpt_root, self._name, settings.decisive())
 
-    @property
-    def targets(self) -> LogTargets:
-        """Where the run writes; once it has begun."""
-        return self._loggers.targets
-
-    def run(self) -> bool:
-        """Train, or go on training, to the end.
-
-        Returns:
-            Whether there was anything to do; if not, the model was not even set up.
-        """
+    def run(self) -> Trained:
+        """Train, or go on training, to the end. A run that finished before is only loaded."""
         settings = self._settings
         seed_rngs(settings.random_seed)
         with ExitStack() as stack:
@@ -73,7 +66,7 @@ class FitRun:
             stack.enter_context(logged_exceptions())
             resumption = self._find_resumption()
             if resumption is not None and self._is_finished(resumption):
-                return False
+                return self._load_finished(resumption)
             self._loggers.open_writer({} if resumption is None else resumption.event_sizes)
             if settings.chkpt_root is not None and settings.chkpt_frequency is not None:
                 assert self._start_note is not None
@@ -82,8 +75,7 @@ class FitRun:
                 self._store = stack.enter_context(store)
             stack.callback(self._datamodule.teardown)
             stack.enter_context(deterministic_kernels(settings.enable_deterministic))
-            self._train(resumption, stack)
-        return True
+            return self._train(resumption, stack)
 
     def _find_resumption(self) -> Resumption | None:
         """Find what the run goes on from, if anything, and open its log file."""
@@ -113,34 +105,48 @@ class FitRun:
         if stop is None:
             return False
         done = state.global_epoch if settings.train_unit is TrainingUnit.EPOCH else state.current_iteration
-        if stop is StopReason.TOTAL_STEPS and done < settings.total_steps:
-            return False  # the run was given more steps
-        get_root_logger().info(
-            "nothing to do: run %s finished before (%s; %s), see %s",
-            self._name,
-            describe(state),
-            stop.value,
-            resumption.path,
-        )
-        return True
+        was_given_more = stop is StopReason.TOTAL_STEPS and done < settings.total_steps
+        if not was_given_more:
+            where = f"{describe(state)}; {stop.value}"
+            path = resumption.path
+            get_root_logger().info(
+                "nothing to do: run %s finished before (%s), see %s", self._name, where, path
+            )
+        return not was_given_more
 
-    def _train(self, resumption: Resumption | None, stack: ExitStack) -> None:
+    def _load_finished(self, resumption: Resumption) -> Trained:
+        """Leave the model as the run left it, for the script that goes on after `fit`."""
+        self._set_up()
+        resumption.restore_objects(self._model, self._plugins)
+        resumption.restore_surroundings(self._model, is_over=True)
+        return self._trained(resumption.event_sizes)
+
+    def _trained(self, event_sizes: Mapping[str, int] | None) -> Trained:
+        plugins = tuple(self._plugins.values())
+        return Trained(self._model, plugins, self._loggers.targets, event_sizes)
+
+    def _set_up(self) -> None:
+        for plugin in self._plugins.values():
+            plugin.setup()
+            plugin.configure_model(self._model)
+        self._model.setup(fast_init=False)
+
+    def _train(self, resumption: Resumption | None, stack: ExitStack) -> Trained:
         settings, model = self._settings, self._model
         if settings.print_banner:
             path = None if resumption is None else resumption.path
             text = banner(self._name, settings, self._execution, path)
             get_root_logger().info("%s", model.append_to_banner(text))
         self._train_loader, valid_loader = self._load_data()
-        for plugin in self._plugins.values():
-            plugin.setup()
-            plugin.configure_model(model)
-        model.setup(fast_init=False)
+        self._set_up()
         if resumption is not None:
-            resumption.restore_objects(model, self._plugins, self._train_loader)
+            resumption.restore_objects(model, self._plugins)
+            self._train_loader.load_state_dict(resumption.loader_state)
         self._hooks = Hooks(model, self._plugins)
         self._hooks.training_start()
         if resumption is not None:
             resumption.restore_surroundings(model)
+            self._loggers.discard_events(resumption.event_sizes)
         bars = ProgressBars(settings.enable_progress_bar, settings.train_unit, settings.total_steps)
         stack.callback(bars.close)
         stack.enter_context(cudnn_benchmark(settings.enable_cudnn_benchmark))
@@ -154,6 +160,7 @@ class FitRun:
             save=self._save,
         )
         self._run_loop(loop, bars, None if resumption is None else resumption.cut)
+        return self._trained(None if self._store is None else self._loggers.event_sizes())
 
     def _run_loop(self, loop: TrainingLoop, bars: ProgressBars, cut: Cut | None) -> None:
         state = self._state
@@ -195,6 +202,12 @@ class FitRun:
             targets=self._loggers.targets,
             event_sizes=self._loggers.event_sizes(),
         )
+        if self._start_note is not None and not checkpoint["model"] and any(named_networks(model)):
+            get_root_logger().warning(
+                "%s.state_dict() is empty, though the model has networks: they are not saved, and a restart will "
+                "not have their weights",
+                type(model).__name__,
+            )
         place: dict[str, Any] = {
             "epoch": state.global_epoch,
             "iteration": state.global_iteration,

@@ -45,6 +45,7 @@ class Model(ABC):
         self._running_losses: dict[str, Any] = {}
         self._val_scores: dict[str, Any] = {}
         self._test_scores: dict[str, Any] = {}
+        self._metrics: dict[str, Any] | None = None
 
     @property
     def map_loc(self) -> str:
@@ -54,7 +55,11 @@ class Model(ABC):
     @property
     def metrics(self) -> dict[str, Any]:
         """Named numbers that the progress bar shows beside the losses; the validation scores by default."""
-        return self._val_scores
+        return self._val_scores if self._metrics is None else self._metrics
+
+    @metrics.setter
+    def metrics(self, metrics: dict[str, Any]) -> None:
+        self._metrics = metrics
 
     @abstractmethod
     def setup(self, fast_init: bool = False) -> None:

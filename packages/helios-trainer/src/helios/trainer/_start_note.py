@@ -28,7 +28,7 @@ class StartNote:
 
     def read(self) -> LogTargets | None:
         """Return where a killed run with these settings wrote, or None if there was none."""
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             note = json.loads(self._path.read_text(encoding="utf-8"))
             if note["settings"] == self._settings:
                 log_file, run_folder = note["log_path"], note["run_path"]
@@ -46,7 +46,9 @@ class StartNote:
             "log_path": None if targets.log_file is None else str(targets.log_file),
             "run_path": None if targets.run_folder is None else str(targets.run_folder),
         }
-        self._path.write_text(json.dumps(note), encoding="utf-8")
+        temp = self._path.with_suffix(".tmp")
+        temp.write_text(json.dumps(note), encoding="utf-8")
+        temp.replace(self._path)
 
     def remove(self) -> None:
         """Remove the note, if it is there."""

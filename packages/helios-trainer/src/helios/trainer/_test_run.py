@@ -1,8 +1,8 @@
 """One call of `test`."""
 
 import contextlib
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,12 @@ from helios.trainer._checkpoint import find_checkpoint, targets_in
 from helios.trainer._execution import cudnn_benchmark, deterministic_kernels
 from helios.trainer._fit import checked_loader, logged_exceptions
 from helios.trainer._hooks import Hooks, evaluate
-from helios.trainer._model import Model
-from helios.trainer._plugin import Plugin, PluginRegistry
+from helios.trainer._model import Model, restore_tables
+from helios.trainer._plugin import PluginRegistry
 from helios.trainer._settings import TrainerSettings
+from helios.trainer._trained import Trained
 from helios.trainer.logging import LogTargets, RunLoggers, get_root_logger
 from helios.trainer.logging._loggers import new_targets
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a run of training leaves behind, to be tested as it is.
-
-    Attributes:
-        model: the model.
-        plugins: the plug-ins that took part.
-        targets: where the run wrote.
-    """
-
-    model: Model
-    plugins: tuple[Plugin, ...]
-    targets: LogTargets
 
 
 def run_test(
@@ -62,7 +48,7 @@ def run_test(
         name = settings.run_name or model.save_name
         found = None if trained is not None else find_checkpoint(settings.chkpt_root, name, model)
         loggers.open_log_file(_targets(settings, name, trained, found))
-        loggers.open_writer(None)
+        loggers.open_writer(_event_sizes(trained, found))
         stack.callback(datamodule.teardown)
         stack.enter_context(deterministic_kernels(settings.enable_deterministic))
         datamodule.prepare_data()
@@ -75,6 +61,7 @@ def run_test(
         if trained is None:
             _set_up(model, plugins, found)
         del found  # or a second copy of the state would stay in memory
+        seed_rngs(settings.random_seed)  # again: whether the model was set up here must not matter
         model.load_for_testing()
         hooks = Hooks(model, plugins)
         bars = ProgressBars(settings.enable_progress_bar, settings.train_unit, settings.total_steps)
@@ -99,14 +86,26 @@ def _targets(
     return targets if found is None else targets.restored(targets_in(found[1]))
 
 
+def _event_sizes(
+    trained: Trained | None, found: tuple[Path, dict[str, Any]] | None
+) -> Mapping[str, int] | None:
+    """Return what to cut TensorBoard's files back to, so that testing again does not log everything again."""
+    if trained is not None:
+        return trained.event_sizes
+    own = {} if found is None else found[1]["training_state"]["trainer"]
+    # A run that is not finished may be writing at this moment.
+    return own["event_sizes"] if own.get("stop") is not None else None
+
+
 def _set_up(model: Model, plugins: PluginRegistry, found: tuple[Path, dict[str, Any]] | None) -> None:
     """Set a model up that was not trained here, from a checkpoint if there is one."""
     model.setup(fast_init=False)
     if found is None:
-        get_root_logger().info("testing the model as set up: there is no checkpoint")
+        get_root_logger().warning("testing the model as it was set up: no checkpoint of the run was found")
         return
     path, checkpoint = found
     model.load_state_dict(checkpoint["model"])
+    restore_tables(model, checkpoint["training_state"]["trainer"]["tables"])
     for plug_id, plugin in plugins.items():
         if plug_id in checkpoint:  # one that only tests has no state
             plugin.load_state_dict(checkpoint[plug_id])

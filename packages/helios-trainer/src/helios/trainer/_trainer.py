@@ -8,9 +8,10 @@ from helios.data import DataModule
 from helios.trainer._execution import select_execution
 from helios.trainer._fit import FitRun
 from helios.trainer._model import Model
-from helios.trainer._plugin import PluginRegistry
+from helios.trainer._plugin import Plugin, PluginRegistry
 from helios.trainer._settings import make_settings
-from helios.trainer._test_run import Trained, run_test
+from helios.trainer._test_run import run_test
+from helios.trainer._trained import Trained
 from helios.trainer._training_state import TrainingUnit
 
 Result = TypeVar("Result")
@@ -25,7 +26,7 @@ class Trainer:
         train_unit: what `total_steps` and the frequencies count.
         total_steps: epochs or iterations to train for; infinity needs `early_stop_cycles`.
         valid_frequency: epochs or complete iterations between validations; None never validates.
-        chkpt_frequency: epochs or complete iterations between checkpoints. Needs `chkpt_root`.
+        chkpt_frequency: epochs or complete iterations between checkpoints. Without `chkpt_root` none is saved.
         print_frequency: epochs or complete iterations between calls of `on_training_batch_end` with
             `should_log`; by EPOCH it is the last batch of the epoch that logs.
         accumulation_steps: batches whose gradients the model accumulates. By ITERATION, that many batches
@@ -101,11 +102,13 @@ class Trainer:
         self.local_rank = self._execution.local_rank
         self.gpu_ids = list(self._execution.gpu_ids)
         self._trained: Trained | None = None
+        self._configured: list[Plugin] = []
 
     def fit(self, model: Model, datamodule: DataModule) -> bool:
         """Train, going on from the last good checkpoint of the run if there is one.
 
-        A run that has finished is not trained again, unless `total_steps` ended it and is larger now.
+        A run that has finished is not trained again, unless `total_steps` ended it and is larger now: then
+        the model is only set up and given its final state.
 
         Args:
             model: what to train.
@@ -150,9 +153,7 @@ class Trainer:
 
     def _fit(self, model: Model, datamodule: DataModule) -> None:
         self._introduce(model, datamodule)
-        run = FitRun(self.settings, self._execution, model, datamodule, self.plugins)
-        if run.run():
-            self._trained = Trained(model, tuple(self.plugins.values()), run.targets)
+        self._trained = FitRun(self.settings, self._execution, model, datamodule, self.plugins).run()
 
     def _test(self, model: Model, datamodule: DataModule) -> None:
         self._introduce(model, datamodule)
@@ -162,14 +163,25 @@ class Trainer:
     def _check(self, model: Model, datamodule: DataModule) -> None:
         if not isinstance(model, Model):
             raise TypeError(f"model must be a Model, found {type(model).__name__}")
+        if not hasattr(model, "_loss_items"):
+            raise TypeError(f"{type(model).__name__}.__init__ must call super().__init__(save_name)")
         if not isinstance(datamodule, DataModule):
             raise TypeError(f"datamodule must be a DataModule, found {type(datamodule).__name__}")
+        if not isinstance(self.plugins, PluginRegistry):
+            found = type(self.plugins).__name__
+            raise TypeError(f"plugins is replaced by a {found}: add plug-ins with plugins.append(plugin)")
+        for name in ("train_exceptions", "test_exceptions"):
+            kinds = getattr(self, name)
+            if not isinstance(kinds, list | tuple | set) or not all(isinstance(k, type) for k in kinds):
+                raise TypeError(f"{name} must be a list of exception types, found {kinds!r}")
 
     def _introduce(self, model: Model, datamodule: DataModule) -> None:
         """Make those who work together known to each other."""
-        for plugin in list(self.plugins.values()):  # configure_trainer may add some
-            plugin.trainer = self
-            plugin.configure_trainer(self)
+        # Once each, although `test` may follow `fit`; and one may add others.
+        while new := [p for p in self.plugins.values() if p not in self._configured]:
+            self._configured.append(new[0])
+            new[0].trainer = self
+            new[0].configure_trainer(self)
         model.trainer = datamodule.trainer = self
         model.device = self._execution.device
         model.rank = self._execution.rank

@@ -127,6 +127,12 @@ class RunLoggers:
             self._writer = _open_writer(self.targets.run_folder, event_sizes)
             vars(get_root_logger())["tensorboard_writer"] = self._writer
 
+    def discard_events(self, event_sizes: Mapping[str, int]) -> None:
+        """Purge what was logged since `open_writer`: by hooks that run in every process, and ran before."""
+        if self._writer is not None and self.targets.run_folder is not None:
+            self._writer.close()  # it opens a new file when it is used again
+            purge_events(self.targets.run_folder, event_sizes)
+
     def event_sizes(self) -> dict[str, int]:
         """Write out what TensorBoard was given and return the sizes of its files."""
         if self._writer is None or self.targets.run_folder is None:
