@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from helios.data import DataModule
 from helios.trainer._execution import select_execution
@@ -14,7 +14,6 @@ from helios.trainer._test_run import run_test
 from helios.trainer._trained import Trained
 from helios.trainer._training_state import TrainingUnit
 
-Result = TypeVar("Result")
 PathArgument = str | os.PathLike[str]
 
 
@@ -107,8 +106,8 @@ class Trainer:
     def fit(self, model: Model, datamodule: DataModule) -> bool:
         """Train, going on from the last good checkpoint of the run if there is one.
 
-        A run that has finished is not trained again, unless `total_steps` ended it and is larger now: then
-        the model is only set up and given its final state.
+        A run that has finished is not trained again: the model is only set up and given its final state. But
+        if `total_steps` ended it and is larger now, it goes on.
 
         Args:
             model: what to train.
@@ -188,9 +187,9 @@ class Trainer:
         model.is_distributed = datamodule.is_distributed = self._execution.is_distributed
 
 
-def _call(run: Callable[[], Result], activity: str, passed: list[type[BaseException]]) -> Result:
+def _call(run: Callable[[], None], activity: str, passed: list[type[BaseException]]) -> None:
     try:
-        return run()
+        run()
     except Exception as error:
         if isinstance(error, tuple(passed)):
             raise
