@@ -98,6 +98,7 @@ class PointsModel(Model):
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.01)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 5, 0.9)
         self.best = float("inf")
+        self._cycle = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -158,10 +159,7 @@ class PointsModel(Model):
         x, y, _ = batch
         loss = nn.functional.cross_entropy(self.net(x), y, reduction="sum") + torch.rand(())
         self._val_scores["loss"] = self._val_scores.get("loss", 0.0) + float(loss)
-        self._job.die_at("valid_step", self.trainer_cycle() * 10 + step)
-
-    def trainer_cycle(self) -> int:
-        return self._cycle
+        self._job.die_at("valid_step", self._cycle * 10 + step)
 
     def on_validation_start(self, validation_cycle: int) -> None:
         super().on_validation_start(validation_cycle)
@@ -173,7 +171,7 @@ class PointsModel(Model):
         writer.add_scalar("valid", self._val_scores["loss"], validation_cycle)
 
     def have_metrics_improved(self) -> bool:
-        self._job.die_at("have_metrics_improved", self._cycle if hasattr(self, "_cycle") else -1)
+        self._job.die_at("have_metrics_improved", self._cycle)
         improved = self._val_scores["loss"] < self.best
         self.best = min(self.best, self._val_scores["loss"])
         return improved

@@ -6,7 +6,7 @@ import codecs
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 
@@ -97,7 +97,7 @@ class _Walk:
             return value
         if kind is int or kind is str or kind is bytes:
             return _sized(value, place)
-        if kind in (dict, OrderedDict, Counter, list, tuple):
+        if kind in (dict, OrderedDict, Counter, list, tuple):  # MultiStepLR has a Counter
             return self._container(value, place, depth)
         if kind is torch.Tensor or kind is torch.nn.Parameter:
             assert isinstance(value, torch.Tensor)
@@ -127,9 +127,7 @@ class _Walk:
         return stored
 
     def _mapping(self, value: dict[object, object], place: _Place, depth: int) -> dict[object, object]:
-        stored: dict[object, object] = OrderedDict() if isinstance(value, OrderedDict) else {}
-        if isinstance(value, Counter):  # MultiStepLR keeps its milestones in one
-            stored = cast("dict[object, object]", Counter())
+        stored = type(value)()
         for key, item in value.items():
             here = _Place(place, key)
             stored[_key(key, here, 0)] = self.value(item, here, depth + 1)

@@ -27,7 +27,9 @@ def check_version(version: object, path: Path, *, present: bool = True) -> None:
         NotACheckpointError: `version` is no version.
     """
     if not present:
-        remedy = f"If Helios wrote it: {_migrate(path)}. If it is a plain state dict, use torch.load."
+        remedy = (
+            f"If Helios wrote it: migrate it: {_command(path)}. If it is a plain state dict, use torch.load."
+        )
         raise VersionTooOldError(explain(path, "no key 'version'", f"version {MAJOR}.x", remedy))
     major = major_of(version)
     if major is None or not isinstance(version, str):
@@ -39,7 +41,7 @@ def check_version(version: object, path: Path, *, present: bool = True) -> None:
         found = f"version {version} (this is helios-chkpt {__version__})"
         raise VersionTooNewError(explain(path, found, f"version {MAJOR}.x", remedy), version)
     if major < MAJOR:
-        remedy = f"{_migrate(path)[0].upper()}{_migrate(path)[1:]}."
+        remedy = f"Migrate it: {_command(path)}."
         raise VersionTooOldError(explain(path, f"version {version}", f"version {MAJOR}.x", remedy), version)
 
 
@@ -53,5 +55,5 @@ def major_of(version: object) -> int | None:
         return None
 
 
-def _migrate(path: Path) -> str:
-    return f"migrate it: python -m helios.chkpt_migrator {path.parent}"
+def _command(path: Path) -> str:
+    return f"python -m helios.chkpt_migrator {path.parent}"

@@ -51,11 +51,8 @@ def build_checkpoint(
         "training_state": {**state.to_dict(), "trainer": own},
         "model": checked_state("model", model.state_dict()),
         "data": dict(train_loader.state_dict()),
+        **targets.to_dict(),
     }
-    if targets.log_file is not None:
-        checkpoint["log_path"] = str(targets.log_file)
-    if targets.run_folder is not None:
-        checkpoint["run_path"] = str(targets.run_folder)
     for plug_id, plugin in plugins.items():
         checkpoint[plug_id] = checked_state(f"plug-in {plug_id!r}", plugin.state_dict())
     checkpoint["rng"] = get_rng_state_dict()  # last, in case a state_dict above drew a number
@@ -81,6 +78,7 @@ class Resumption:
         state: the counters.
         cut: where in the loop it was taken.
         stop: why training had ended, or None if it had not.
+        event_sizes: sizes of TensorBoard's files at the checkpoint.
 
     Raises:
         ValueError: it lacks a part.
@@ -104,6 +102,7 @@ class Resumption:
             )
         self.cut = cut_from_dict(self._own["cut"])
         self.stop = None if self._own["stop"] is None else StopReason[self._own["stop"]]
+        self.event_sizes: dict[str, int] = self._own["event_sizes"]
 
     def check_settings(self, settings: TrainerSettings) -> None:
         """Refuse to go on with settings that would make another run of it.
@@ -140,13 +139,7 @@ class Resumption:
 
     def targets(self) -> LogTargets:
         """Return where the run wrote."""
-        return targets_in(self._checkpoint)
-
-    @property
-    def event_sizes(self) -> dict[str, int]:
-        """Sizes of TensorBoard's files at the checkpoint."""
-        sizes: dict[str, int] = self._own["event_sizes"]
-        return sizes
+        return LogTargets.from_dict(self._checkpoint)
 
     @property
     def loader_state(self) -> dict[str, Any]:
@@ -174,17 +167,7 @@ class Resumption:
         if is_over or self.cut.point is not CutPoint.FINISHED:
             restore_training_modes(model, self._own["modes"])
         load_rng_state_dict(self._checkpoint["rng"])
-        # Or second copies of weights and gradients would stay in memory.
-        self._checkpoint, self._own = {}, {"event_sizes": self._own["event_sizes"]}
-
-
-def targets_in(checkpoint: Mapping[str, Any]) -> LogTargets:
-    """Return where the run of a checkpoint wrote."""
-    log_file, run_folder = checkpoint.get("log_path"), checkpoint.get("run_path")
-    return LogTargets(
-        log_file=None if log_file is None else Path(log_file),
-        run_folder=None if run_folder is None else Path(run_folder),
-    )
+        self._checkpoint = self._own = {}  # or second copies of weights and gradients would stay in memory
 
 
 def find_checkpoint(root: Path | None, run_name: str, model: Model) -> tuple[Path, dict[str, Any]] | None:

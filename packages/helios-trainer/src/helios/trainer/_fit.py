@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from helios.chkpt import CheckpointName, CheckpointStore, format_name
@@ -53,8 +54,8 @@ class FitRun:
         self._store: CheckpointStore | None = None
         self._state = TrainingState()
         self._start_note: StartNote | None = None
-        if settings.chkpt_root is not None and settings.chkpt_frequency is not None:
-            self._start_note = StartNote(settings.chkpt_root, self._name, settings.decisive())
+        if settings.save_root is not None:
+            self._start_note = StartNote(settings.save_root, self._name, settings.decisive())
 
     def run(self) -> Trained:
         """Train, or go on training, to the end. A run that finished before is only loaded."""
@@ -68,10 +69,10 @@ class FitRun:
             if resumption is not None and self._is_finished(resumption):
                 return self._load_finished(resumption)
             self._loggers.open_writer({} if resumption is None else resumption.event_sizes)
-            if settings.chkpt_root is not None and settings.chkpt_frequency is not None:
-                assert self._start_note is not None
+            if self._start_note is not None:
                 stack.callback(self._start_note.remove)
-                store = CheckpointStore(settings.chkpt_root, self._name, keep_last=settings.keep_last)
+            if settings.save_root is not None:
+                store = CheckpointStore(settings.save_root, self._name, keep_last=settings.keep_last)
                 self._store = stack.enter_context(store)
             stack.callback(self._datamodule.teardown)
             stack.enter_context(deterministic_kernels(settings.enable_deterministic))
@@ -80,11 +81,7 @@ class FitRun:
     def _find_resumption(self) -> Resumption | None:
         """Find what the run goes on from, if anything, and open its log file."""
         settings = self._settings
-        targets = new_targets(
-            self._name,
-            settings.log_path if settings.enable_file_logging else None,
-            settings.run_path if settings.enable_tensorboard else None,
-        )
+        targets = new_targets(self._name, *settings.log_folders)
         try:
             resumption = find_resumption(settings.chkpt_root, self._name, self._model)
             if resumption is not None:
@@ -170,8 +167,7 @@ class FitRun:
         stop = loop.run(cut)
         bars.close()
         self._hooks.training_end()
-        self._save(Cut(CutPoint.FINISHED), stop)
-        last = None if self._store is None else self._store.last()
+        last = self._save(Cut(CutPoint.FINISHED), stop)
         elapsed_s = time.perf_counter() - began_s
         num_batches = state.global_iteration - batches_before
         get_root_logger().info("%s", summary(state, stop.value, num_batches, elapsed_s, last))
@@ -185,9 +181,9 @@ class FitRun:
             return train_loader, None
         return train_loader, checked_loader(datamodule, "valid", datamodule.valid_dataloader())
 
-    def _save(self, cut: Cut, stop: StopReason | None = None) -> None:
+    def _save(self, cut: Cut, stop: StopReason | None = None) -> Path | None:
         if self._store is None:
-            return
+            return None
         settings, state, model = self._settings, self._state, self._model
         name = CheckpointName(self._name, state.global_epoch, state.global_iteration)
         metadata = metadata_of(model, format_name(name).removesuffix(".pth"))
@@ -214,12 +210,13 @@ class FitRun:
             "metadata": metadata,
         }
         if settings.async_chkpt and stop is None and self._start_note is None:
-            self._store.save_async(checkpoint, **place)
+            path = self._store.save_async(checkpoint, **place)
         else:
-            self._store.save(checkpoint, **place)
+            path = self._store.save(checkpoint, **place)
         if self._start_note is not None:  # the first checkpoint of this process, on the disk now
             self._start_note.remove()
             self._start_note = None
+        return path
 
 
 def checked_loader(datamodule: DataModule, split: str, loader: Any) -> ResumableDataLoader:

@@ -86,7 +86,7 @@ class TrainingLoop:
         train_loader: ResumableDataLoader,
         valid_loader: ResumableDataLoader | None,
         bars: ProgressBars,
-        save: Callable[[Cut], None],
+        save: Callable[[Cut], object],
     ) -> None:
         self._settings = settings
         self._state = state

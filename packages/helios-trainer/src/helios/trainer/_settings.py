@@ -119,6 +119,19 @@ class TrainerSettings:
                 f"nprocs must be None or 1, found {self.nprocs}: this release trains in one process"
             )
 
+    @property
+    def save_root(self) -> Path | None:
+        """Folder that checkpoints are saved in; None if none are, for which both root and frequency are needed."""
+        return None if self.chkpt_frequency is None else self.chkpt_root
+
+    @property
+    def log_folders(self) -> tuple[Path | None, Path | None]:
+        """Folders of log files and of TensorBoard's folders; None for what is not enabled."""
+        return (
+            self.log_path if self.enable_file_logging else None,
+            self.run_path if self.enable_tensorboard else None,
+        )
+
     def decisive(self) -> dict[str, Any]:
         """Return the settings that a resumed run must share with the run it continues."""
         return {

@@ -31,21 +31,13 @@ class StartNote:
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             note = json.loads(self._path.read_text(encoding="utf-8"))
             if note["settings"] == self._settings:
-                log_file, run_folder = note["log_path"], note["run_path"]
-                return LogTargets(
-                    log_file=None if log_file is None else Path(log_file),
-                    run_folder=None if run_folder is None else Path(run_folder),
-                )
+                return LogTargets.from_dict(note)
         return None
 
     def write(self, targets: LogTargets) -> None:
         """Note where a run that starts from the beginning writes."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        note = {
-            "settings": self._settings,
-            "log_path": None if targets.log_file is None else str(targets.log_file),
-            "run_path": None if targets.run_folder is None else str(targets.run_folder),
-        }
+        note = {"settings": self._settings, **targets.to_dict()}
         temp = self._path.with_suffix(".tmp")
         temp.write_text(json.dumps(note), encoding="utf-8")
         temp.replace(self._path)

@@ -11,7 +11,7 @@ import torch
 from helios.core.rng import seed_rngs
 from helios.data import DataModule
 from helios.trainer._bars import ProgressBars
-from helios.trainer._checkpoint import find_checkpoint, targets_in
+from helios.trainer._checkpoint import find_checkpoint
 from helios.trainer._execution import cudnn_benchmark, deterministic_kernels
 from helios.trainer._fit import checked_loader, logged_exceptions
 from helios.trainer._hooks import Hooks, evaluate
@@ -76,14 +76,10 @@ def _targets(
     settings: TrainerSettings, name: str, trained: Trained | None, found: tuple[Path, dict[str, Any]] | None
 ) -> LogTargets:
     """Choose where to write: where the training of the model did, if it did."""
-    targets = new_targets(
-        name,
-        settings.log_path if settings.enable_file_logging else None,
-        settings.run_path if settings.enable_tensorboard else None,
-    )
+    targets = new_targets(name, *settings.log_folders)
     if trained is not None:
         return targets.restored(trained.targets)
-    return targets if found is None else targets.restored(targets_in(found[1]))
+    return targets if found is None else targets.restored(LogTargets.from_dict(found[1]))
 
 
 def _event_sizes(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
 
@@ -46,6 +46,20 @@ class LogTargets:
 
     log_file: Path | None
     run_folder: Path | None
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the places there are as text, under the keys that they have in a checkpoint."""
+        places = {"log_path": self.log_file, "run_path": self.run_folder}
+        return {key: str(path) for key, path in places.items() if path is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the places that `to_dict` gave, which may stand among other keys."""
+        log_file, run_folder = values.get("log_path"), values.get("run_path")
+        return cls(
+            log_file=None if log_file is None else Path(log_file),
+            run_folder=None if run_folder is None else Path(run_folder),
+        )
 
     def restored(self, before: "LogTargets") -> "LogTargets":
         """Return these targets, with the places that a resumed run wrote to before where it had any."""
