@@ -4,9 +4,10 @@ Replace `torch.utils.data.DataLoader` by `create_dataloader`, keep `loader.state
 and give it back with `loader.load_state_dict(state)`.
 """
 
+from helios.data._create import create_dataloader
 from helios.data._datamodule import DataModule, DatasetSplit, SplitDataset
 from helios.data._loader import ResumableDataLoader
-from helios.data._params import DataLoaderParams, create_dataloader
+from helios.data._params import DataLoaderParams
 from helios.data._permutation import ALGORITHM, Permutation
 from helios.data._samplers import (
     ResumableDistributedSampler,
@@ -14,25 +15,47 @@ from helios.data._samplers import (
     ResumableSampler,
     ResumableSequentialSampler,
 )
-from helios.data._sharding import Tail
-from helios.data._state import LoaderState, LoaderStateError
+from helios.data._sharding import BatchSize, Tail
+from helios.data._state import LoaderState, LoaderStateError, StreamLoaderState
+from helios.data._stream_loader import StreamDataLoader
 from helios.data._version import __version__
+from helios.data.orders import (
+    BucketedOrder,
+    MixtureOrder,
+    Order,
+    RandomOrder,
+    SequentialOrder,
+    SubsetOrder,
+    TorchOrder,
+    WeightedOrder,
+)
 
 __all__ = [
     "ALGORITHM",
+    "BatchSize",
+    "BucketedOrder",
     "DataLoaderParams",
     "DataModule",
     "DatasetSplit",
     "LoaderState",
     "LoaderStateError",
+    "MixtureOrder",
+    "Order",
     "Permutation",
+    "RandomOrder",
     "ResumableDataLoader",
     "ResumableDistributedSampler",
     "ResumableRandomSampler",
     "ResumableSampler",
     "ResumableSequentialSampler",
+    "SequentialOrder",
     "SplitDataset",
+    "StreamDataLoader",
+    "StreamLoaderState",
+    "SubsetOrder",
     "Tail",
+    "TorchOrder",
+    "WeightedOrder",
     "__version__",
     "create_dataloader",
 ]

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from helios.data._create import create_dataloader
 from helios.data._loader import ResumableDataLoader
-from helios.data._params import DataLoaderParams, create_dataloader
+from helios.data._params import DataLoaderParams
 
 
 class DatasetSplit(Enum):

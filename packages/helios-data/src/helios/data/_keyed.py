@@ -6,11 +6,12 @@ which process fetches it, when, or what was fetched before.
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from helios.core.rng import derive_bytes, preserve_host_rng_state, rekey_host_rngs, seed_rngs
 
@@ -20,34 +21,60 @@ WorkerInitFn = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class BatchRequest:
-    """What a worker is asked for: the samples at `indices`, which stand at `start`, `start + 1`, ..."""
+    """What a worker is asked for: the samples at `indices`, which stand at `start`, `start + stride`, ..."""
 
     epoch: int
     start: int
     indices: list[int]
+    stride: int = 1
 
 
-class KeyedDataset(Dataset[Any]):
-    """Maps a BatchRequest to a collated batch; the loader's view of the user's dataset.
+class PositionKeys:
+    """Re-keys torch's CPU generator, `random` and the default NumPy generator by position.
+
+    Args:
+        seed: seed of the randomness.
+        *path: says what the keys are for, as `helios.core.rng.derive_bytes` takes it.
+    """
+
+    def __init__(self, seed: int, *path: int | str) -> None:
+        self._hash = hashlib.blake2b(digest_size=32, key=derive_bytes(seed, *path))
+
+    def rekey(self, position: int) -> None:
+        """Put the generators at the place that belongs to a position."""
+        key = self._hash.copy()
+        key.update(position.to_bytes(8, "little"))
+        rekey_host_rngs(key.digest())
+
+
+def generators_of_the_loop() -> AbstractContextManager[None]:
+    """Return a scope that leaves the generators of the main process alone: they belong to the training loop."""
+    return preserve_host_rng_state() if get_worker_info() is None else nullcontext()
+
+
+def draws_nothing(collate_fn: CollateFn) -> bool:
+    """Say whether a collate function is known to draw no random numbers: re-keying would be for nothing."""
+    return collate_fn is default_collate
+
+
+class FetchedDataset(Dataset[Any]):
+    """Maps a BatchRequest to a collated batch: the loader's view of the user's dataset.
+
+    This one leaves the generators as the worker was seeded.
 
     Args:
         dataset: the user's map-style dataset.
         collate_fn: merges the samples of a batch.
-        seed: seed of the randomness; None leaves the generators as the worker was seeded.
+        seed: seed of the randomness.
     """
 
-    def __init__(self, dataset: Any, collate_fn: CollateFn, seed: int | None) -> None:
+    def __init__(self, dataset: Any, collate_fn: CollateFn, seed: int) -> None:
         self.dataset = dataset
         self.collate_fn = collate_fn
         self.seed = seed
 
     def __getitem__(self, request: BatchRequest) -> Any:
-        if self.seed is None:
-            return self.collate_fn(self._fetch_all(request.indices))
-        if get_worker_info() is not None:
-            return self._fetch_keyed(request, self.seed)
-        with preserve_host_rng_state():  # in the main process the generators belong to the training loop
-            return self._fetch_keyed(request, self.seed)
+        return self.collate_fn(self._fetch_all(request.indices))
 
     def _fetch_all(self, indices: list[int]) -> list[Any]:
         if getattr(self.dataset, "__getitems__", None) is not None:
@@ -55,18 +82,34 @@ class KeyedDataset(Dataset[Any]):
             return samples
         return [self.dataset[index] for index in indices]
 
-    def _fetch_keyed(self, request: BatchRequest, seed: int) -> Any:
-        # One by one even where the dataset has __getitems__: the randomness of a sample must not depend
-        # on which others are in its batch.
-        keys = hashlib.blake2b(digest_size=32, key=derive_bytes(seed, "sample", request.epoch))
-        samples = []
-        for position, index in enumerate(request.indices, request.start):
-            key = keys.copy()
-            key.update(position.to_bytes(8, "little"))
-            rekey_host_rngs(key.digest())
-            samples.append(self.dataset[index])
-        rekey_host_rngs(derive_bytes(seed, "collate", request.epoch, request.start))
-        return self.collate_fn(samples)
+
+class BatchKeyedDataset(FetchedDataset):
+    """Re-keys the generators once for each batch: the samples are a function of the batch they are in."""
+
+    def __getitem__(self, request: BatchRequest) -> Any:
+        with generators_of_the_loop():
+            PositionKeys(self.seed, "batch", request.epoch).rekey(request.start)
+            return super().__getitem__(request)
+
+
+class SampleKeyedDataset(FetchedDataset):
+    """Re-keys the generators before each sample: a sample is a function of its position.
+
+    It takes one sample at a time even where the dataset has `__getitems__`: the randomness of a sample
+    must not depend on which others are in its batch.
+    """
+
+    def __getitem__(self, request: BatchRequest) -> Any:
+        with generators_of_the_loop():
+            keys = PositionKeys(self.seed, "sample", request.epoch)
+            samples, position = [], request.start
+            for index in request.indices:
+                keys.rekey(position)
+                samples.append(self.dataset[index])
+                position += request.stride
+            if not draws_nothing(self.collate_fn):
+                rekey_host_rngs(derive_bytes(self.seed, "collate", request.epoch, request.start))
+            return self.collate_fn(samples)
 
 
 def seed_worker(worker_id: int) -> None:
@@ -84,13 +127,12 @@ class WorkerInit:
     def __call__(self, worker_id: int) -> None:
         seed_worker(worker_id)
         info: Any = get_worker_info()
-        if isinstance(info.dataset, KeyedDataset):
-            # What get_worker_info().dataset is for: the user's own dataset. WorkerInfo refuses setattr.
-            object.__setattr__(info, "dataset", info.dataset.dataset)
+        # What get_worker_info().dataset is for: the user's own dataset. WorkerInfo refuses setattr.
+        object.__setattr__(info, "dataset", info.dataset.dataset)
         if self.user_init is not None:
             self.user_init(worker_id)
 
 
 def pass_through(batch: Any) -> Any:
-    """Return the batch, which KeyedDataset has collated already."""
+    """Return the batch, which was collated already."""
     return batch

@@ -1,19 +1,17 @@
 """A DataLoader that can say what the loop has received, and go on from there."""
 
-import traceback
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from helios.core.rng import derive_seed
-from helios.data._keyed import BatchRequest, KeyedDataset, WorkerInit, pass_through
+from helios.data._keyed import BatchRequest, FetchedDataset
+from helios.data._machinery import Fetcher, torch_options
 from helios.data._samplers import ResumableSampler
+from helios.data._sharding import BatchSize
 from helios.data._state import LoaderState, check_state
 
 
@@ -39,10 +37,11 @@ class ResumableDataLoader(DataLoader[Any]):
     Args:
         dataset: map-style dataset.
         sampler: order, share and cursor. Its batch size becomes `batch_size`.
-        batch_size: samples in a batch of this process.
+        batch_size: samples in a batch of this process; or one for each rank; or a function of (epoch, cursor) that
+            returns either.
         drop_last: leave out a last batch that is smaller.
         seed: seed of the randomness in samples and collation.
-        is_keyed: re-key the generators before each sample; else each worker is seeded once.
+        fetching: how samples are fetched and made random.
         fingerprint: identifies the dataset; kept in the state and compared when it is loaded.
         collate_fn: merges samples into a batch; None is torch's `default_collate`.
         worker_init_fn: runs in each worker after Helios has seeded it.
@@ -60,49 +59,47 @@ class ResumableDataLoader(DataLoader[Any]):
         dataset: Any,
         sampler: ResumableSampler,
         *,
-        batch_size: int,
+        batch_size: BatchSize,
         drop_last: bool,
         seed: int,
-        is_keyed: bool,
+        fetching: type[FetchedDataset],
         fingerprint: str | None,
         collate_fn: Callable[[list[Any]], Any] | None,
         worker_init_fn: Callable[[int], None] | None,
         pin_memory: bool,
         **loader_options: Any,
     ) -> None:
-        collate = default_collate if collate_fn is None else collate_fn
-        options = {
-            **loader_options,
-            "worker_init_fn": WorkerInit(worker_init_fn),
-            # Asked to pin memory without an accelerator, torch warns at every iteration.
-            "pin_memory": pin_memory and torch.accelerator.is_available(),
-        }
+        sampler.set_batch_size(batch_size, drop_partial=drop_last)
+        self._options = torch_options(pin_memory, worker_init_fn, loader_options)
         super().__init__(
             dataset,
-            batch_size=batch_size,
+            batch_size=sampler.batch_size,
             sampler=sampler,
             drop_last=drop_last,
-            collate_fn=collate,
-            **options,
+            collate_fn=collate_fn,
+            **self._options,
         )
-        sampler.sharding = replace(sampler.sharding, batch_size=batch_size, drop_partial=drop_last)
         self._seed = seed
         self._fingerprint = fingerprint
-        # torch's own machinery does the fetching. It sees whole batches as its samples, and a generator of
-        # its own, since it takes a base seed for its workers from the global one otherwise.
+        self._fetching = fetching
+        self._prepare_fetching()
+
+    def _prepare_fetching(self) -> None:
         self._requests = _Requests()
-        self._base_seeds = torch.Generator()
         self._planned: deque[int] | None = None  # of the current iteration; others are refused
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch thinks of the options it said above
-            self._fetcher: DataLoader[Any] = DataLoader(
-                KeyedDataset(dataset, collate, seed if is_keyed else None),
-                batch_size=None,
-                sampler=self._requests,
-                collate_fn=pass_through,
-                generator=self._base_seeds,
-                **options,
-            )
+        fetched = self._fetching(self.dataset, self.collate_fn, self._seed)
+        self._fetcher = Fetcher(fetched, self._options, self._requests)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the iteration under way, workers and what they fetched."""
+        under_way = ("_requests", "_planned", "_fetcher")
+        return {name: value for name, value in self.__dict__.items() if name not in under_way}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin the next iteration where the original stood when it was pickled or copied."""
+        self.__dict__.update(state)
+        self._prepare_fetching()
+        self.sampler.restore(self.sampler.state_dict())
 
     @property
     def epoch(self) -> int:
@@ -158,29 +155,21 @@ class ResumableDataLoader(DataLoader[Any]):
         self._planned = planned
         # Only for sample_rng="worker": other streams on every rank, and after a resume no stream twice.
         base_seed = derive_seed(self._seed, "worker", epoch, cursor, sampler.sharding.rank)
-        self._base_seeds.manual_seed(base_seed)
         self._requests.plan = _plan(sampler, cursor, iter(sampler), planned)
         sampler.consumed = cursor
-        return self._receive(epoch, cursor, iter(self._fetcher), planned)
+        return self._receive(epoch, cursor, self._fetcher.begin(base_seed), planned)
 
     def _receive(self, epoch: int, cursor: int, batches: Iterator[Any], planned: deque[int]) -> Iterator[Any]:
         """Hand over the batches, counting each as consumed when the loop gets it."""
-        sampler = self.sampler
-        while not sampler.sharding.is_over(cursor):
+        sampler, fetcher = self.sampler, self._fetcher
+        while not sampler.sharding.is_over(cursor, epoch):
             if not self._is_current(epoch, planned):
                 raise RuntimeError(
                     f"this iteration of epoch {epoch} cannot go on at sample {cursor}: another one was begun "
                     f"on the same loader, or its epoch or state was set. Begin a new iteration, or make a "
                     f"second loader"
                 )
-            try:
-                batch = next(batches)
-            except Exception as error:
-                if self.num_workers:
-                    # torch re-raises from a frame that holds the error: a cycle, and workers that the
-                    # garbage collector ends are waited for ten seconds. The lines of the traceback stay.
-                    traceback.clear_frames(error.__traceback__)
-                raise
+            batch = fetcher.next_batch(batches)
             cursor = sampler.consumed = planned.popleft()
             yield batch
         next(batches, None)  # there is none: torch stops its workers now
@@ -192,10 +181,12 @@ class ResumableDataLoader(DataLoader[Any]):
 
     def __len__(self) -> int:
         """Batches of this process in a whole epoch."""
-        sharding = self.sampler.sharding
-        num_steps = sharding.steps_from(0)
+        sharding, epoch = self.sampler.sharding, self.sampler.epoch
+        num_steps = sharding.steps_from(0, epoch)
         # With Tail.EXACT the last step may have nothing for this rank.
-        return num_steps - (num_steps > 0 and sharding.is_over((num_steps - 1) * sharding.samples_per_step))
+        return num_steps - (
+            num_steps > 0 and sharding.is_over(sharding.cursor_after(num_steps - 1, epoch), epoch)
+        )
 
 
 # A function, since a generator that holds the loader, which holds it, is a cycle: torch's persistent workers
@@ -205,7 +196,7 @@ def _plan(
 ) -> Iterator[BatchRequest]:
     """Plan the batches from `start` on; `planned` tells how far the loop is once it has each."""
     sharding, epoch, cursor = sampler.sharding, sampler.epoch, start
-    while (step := sharding.step_at(cursor)) is not None and step.size > 0:
+    while (step := sharding.step_at(cursor, epoch)) is not None and step.size > 0:
         batch = list(islice(indices, step.size))
         if cursor == start:
             sampler.start = 0  # used, also by a sampler whose own __iter__ is a generator
@@ -216,4 +207,4 @@ def _plan(
             )
         cursor = step.next_cursor
         planned.append(cursor)
-        yield BatchRequest(epoch, step.start, batch)
+        yield BatchRequest(epoch, step.start, batch, step.stride)

@@ -1,37 +1,42 @@
 """Resumable samplers: an order, a share of it for this rank, and a cursor.
 
-The order is a pure function from positions to dataset indices (`indices_at`), so the cursor is all there is
-to save, and going on from it costs the same at any position.
+The order is a pure function from positions to dataset indices, so the cursor is all there is to save, and going on
+from it costs the same at any position.
 """
 
 from collections.abc import Iterator, Mapping, Sized
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from helios.data._checks import check_bool, check_int, check_num_samples
-from helios.data._permutation import ALGORITHM, BLOCK_SIZE, Indices, Permutation
-from helios.data._sharding import Sharding, Tail
+from helios.data._permutation import BLOCK_SIZE, Indices
+from helios.data._sharding import BatchSize, Sharding, Tail, checked_sizes
 from helios.data._state import FORMAT_VERSION, LoaderState, LoaderStateError, check_state
+from helios.data.orders import IndicesAt, Order, RandomOrder, SequentialOrder, TorchOrder
+
+OrderName = Literal["helios", "torch"]
 
 
 class ResumableSampler(torch.utils.data.Sampler[int]):
     """Base of all resumable samplers. Yields dataset indices (ints).
 
-    To write one, give `algorithm` a name of its own and override `indices_at`, a function of
-    (`self.seed`, `self.epoch`, positions) only. Overriding `__iter__` works too: it must yield this rank's
-    indices from batch `start_iter` on; such a sampler cannot go on with another batch size in mid-epoch.
-    A sampler belongs to one loader.
+    It takes any `Order`. To write a sampler without one, give `algorithm` a name of its own and override
+    `indices_at`, a function of (`self.seed`, `self.epoch`, positions) only. Overriding `__iter__` works too: it must
+    yield this rank's indices from batch `start_iter` on; such a sampler cannot go on with another batch size in
+    mid-epoch. A sampler belongs to one loader.
 
     Args:
         data_source: the dataset; only its length is used.
         seed: seed of the order.
         batch_size: samples that a rank takes in one step. A loader sets it to its own.
+        order: which sample stands where; None if `indices_at` or `__iter__` is overridden.
 
     Attributes:
         algorithm: name of the order, kept in the state; the name of the class if none is given.
-        num_samples: length of the dataset.
+        num_samples: positions in an epoch: the length of the dataset, unless the order has another.
+        num_dataset_samples: length of the dataset.
         seed: as given.
         epoch: epoch in progress, from 0.
         start: position at which the next iteration begins, in samples of all ranks; used once, then 0.
@@ -41,15 +46,32 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
 
     Raises:
         TypeError: an argument has the wrong type, or the dataset has no length.
-        ValueError: the dataset is empty, or the batch size less than 1.
+        ValueError: the dataset is empty, the order is for another one, or the batch size less than 1.
     """
 
     algorithm: str = ""
 
-    def __init__(self, data_source: Sized, seed: int = 0, batch_size: int = 1) -> None:
-        self.num_samples = check_num_samples("data_source", data_source)
+    def __init__(
+        self,
+        data_source: Sized,
+        seed: int = 0,
+        batch_size: BatchSize = 1,
+        order: Order | None = None,
+    ) -> None:
+        self.num_dataset_samples = self.num_samples = check_num_samples("data_source", data_source)
         self.seed = check_int("seed", seed, 0)
-        self.sharding = Sharding(self.num_samples, check_int("batch_size", batch_size, 1))
+        self.order = order
+        if order is not None:
+            if not isinstance(order, Order):
+                raise TypeError(f"order must be an Order or None, found {type(order).__name__} {order!r}")
+            order.check_dataset(self.num_dataset_samples)
+            self.algorithm = type(self).algorithm or order.algorithm
+            self.num_samples = order.num_samples
+        self._indices_of_epoch: tuple[int, IndicesAt] | None = None
+        self.sharding = Sharding(
+            self.num_samples, 1, is_interleaved=order is not None and order.is_interleaved
+        )
+        self.set_batch_size(batch_size)
         self.epoch = 0
         self.consumed = 0
         self.start = 0
@@ -64,12 +86,37 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
         Returns:
             int64 array, shape (n,).
         """
-        raise NotImplementedError(f"{type(self).__name__} must override indices_at or __iter__")
+        if self.order is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} must be given an order, or override indices_at or __iter__"
+            )
+        if self._indices_of_epoch is None or self._indices_of_epoch[0] != self.epoch:
+            self._indices_of_epoch = self.epoch, self.order.of_epoch(self.seed, self.epoch)
+        return self._indices_of_epoch[1](positions)
 
     @property
     def batch_size(self) -> int:
-        """Samples that a rank takes in one step."""
-        return self.sharding.batch_size
+        """Samples that this rank takes in the next step, if that is a full one."""
+        return self.sharding.sizes_at(self.start, self.epoch)[self.sharding.rank]
+
+    def set_batch_size(self, batch_size: BatchSize, drop_partial: bool = False) -> None:
+        """Deal out with another batch size from now on, as a loader does that takes this sampler.
+
+        Args:
+            batch_size: an int for all ranks, a sequence with one for each rank, or a function of (epoch, cursor)
+                that returns either, where the cursor counts samples of the epoch over all ranks.
+            drop_partial: leave out a last batch that is smaller.
+
+        Raises:
+            TypeError: a batch size is not an int.
+            ValueError: it is less than 1, or there is not one for each rank.
+        """
+        sharding = self.sharding
+        if not callable(batch_size):
+            sizes = checked_sizes(batch_size, sharding.num_replicas, sharding.is_interleaved)
+            batch_size = sizes[0] if len(set(sizes)) == 1 else sizes
+        self.sharding = replace(sharding, batch_size=batch_size, drop_partial=drop_partial)
+        self.sharding.sizes_at(0)  # says what is wrong with a function
 
     @property
     def start_iter(self) -> int:
@@ -77,16 +124,16 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
 
         A state of another batch size may begin within a batch; this is the next one then.
         """
-        return -(-self.start // self.sharding.samples_per_step)
+        return self.sharding.steps_before(self.start, self.epoch)
 
     @start_iter.setter
     def start_iter(self, batch: int) -> None:
-        num_batches = self.sharding.steps_from(0)
+        num_batches = self.sharding.steps_from(0, self.epoch)
         if check_int("start_iter", batch, 0) > num_batches:
             raise ValueError(
                 f"start_iter must be at most the {num_batches} batches of an epoch, found {batch}"
             )
-        self.start = self.consumed = min(batch * self.sharding.samples_per_step, self.num_samples)
+        self.start = self.consumed = self.sharding.cursor_after(batch, self.epoch)
         self._start_is_of_epoch = False
 
     def set_epoch(self, epoch: int) -> None:
@@ -118,25 +165,32 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
 
     def settle(self) -> None:
         """End the epoch if its last batch was received by a loop that then asked for no other."""
-        if self.consumed > 0 and self.start == 0 and self.sharding.is_over(self.consumed):
+        if self.consumed > 0 and self.start == 0 and self.sharding.is_over(self.consumed, self.epoch):
             self.end_epoch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the function of the epoch, which is made again when it is needed."""
+        return {**self.__dict__, "_indices_of_epoch": None}
 
     def __iter__(self) -> Iterator[int]:
         self.consumed, self.start = self.start, 0
         return self._indices_from(self.consumed)
 
     def _indices_from(self, cursor: int) -> Iterator[int]:
-        for positions in _positions_from(self.sharding, cursor):
+        # A window at once where the order computes whole ones: more would make the first index wait.
+        window = 1 if self.order is None else self.order.window
+        at_once = BLOCK_SIZE if window == 1 else max(window // self.sharding.num_replicas, 1)
+        for positions in self.sharding.positions_from(cursor, self.epoch, at_once):
             yield from self.indices_at(positions).tolist()
 
     def __len__(self) -> int:
         """Samples that this rank takes in a whole epoch."""
-        return self.sharding.samples_from(0)
+        return self.sharding.samples_from(0, self.epoch)
 
     def state_dict(self) -> LoaderState:
         """Return where the epoch stands. The end of an epoch is the beginning of the next one."""
-        ended = self.sharding.step_at(self.consumed) is None
-        return {
+        ended = self.sharding.step_at(self.consumed, self.epoch) is None
+        state: LoaderState = {
             "format": FORMAT_VERSION,
             "algorithm": self.algorithm or type(self).__name__,
             "seed": self.seed,
@@ -146,6 +200,9 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
             "tail": self.sharding.tail.value + ("+full" if self.sharding.drop_partial else ""),
             "fingerprint": None,
         }
+        if self.order is not None and (digest := self.order.digest()) is not None:
+            state["order_digest"] = digest
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin the next iteration where `state` was taken, with any batch size and number of ranks.
@@ -163,30 +220,19 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
             LoaderStateError: the state begins within a batch, and this sampler overrides `__iter__`, which
                 can begin at whole batches only; nothing was changed.
         """
-        step = self.sharding.samples_per_step
-        if type(self).__iter__ is not ResumableSampler.__iter__ and state["consumed"] % step:
+        epoch, consumed = state["epoch"], state["consumed"]
+        num_steps = self.sharding.steps_before(consumed, epoch)
+        if type(self).__iter__ is not ResumableSampler.__iter__ and consumed != self.sharding.cursor_after(
+            num_steps, epoch
+        ):
             raise LoaderStateError(
-                f"consumed: the state has {state['consumed']}, no multiple of the {step} samples of a step here, "
-                f"and {type(self).__name__}.__iter__ can only begin at whole batches. Use the batch size that "
-                f"the run began with, or override indices_at instead."
+                f"consumed: the state has {consumed}, which is within a batch here, and "
+                f"{type(self).__name__}.__iter__ can only begin at whole batches. Use the batch size that the run "
+                f"began with, or override indices_at instead."
             )
         self.epoch = state["epoch"]
         self.consumed = self.start = state["consumed"]
         self._start_is_of_epoch = True
-
-
-def _positions_from(sharding: Sharding, cursor: int) -> Iterator[Indices]:
-    """Yield this rank's positions from a cursor on, in blocks of about BLOCK_SIZE."""
-    stride = sharding.samples_per_step
-    steps_per_block = max(BLOCK_SIZE // sharding.batch_size, 1)
-    within_batch = np.arange(sharding.batch_size, dtype=np.int64)
-    while (num_full := min((sharding.num_samples - cursor) // stride, steps_per_block)) > 0:
-        first = cursor + sharding.rank * sharding.batch_size
-        starts = first + stride * np.arange(num_full, dtype=np.int64)
-        yield (starts[:, None] + within_batch).ravel()
-        cursor += num_full * stride
-    if (last := sharding.step_at(cursor)) is not None:
-        yield np.arange(last.start, last.start + last.size, dtype=np.int64) % sharding.num_samples
 
 
 class ResumableRandomSampler(ResumableSampler):
@@ -202,17 +248,9 @@ class ResumableRandomSampler(ResumableSampler):
         ValueError: the dataset is empty, or the batch size less than 1.
     """
 
-    algorithm = ALGORITHM
-
-    def __init__(self, data_source: Sized, seed: int = 0, batch_size: int = 1) -> None:
-        super().__init__(data_source, seed, batch_size)
-        self._permutation = Permutation(self.num_samples, self.seed, self.epoch)
-
-    def indices_at(self, positions: Indices) -> Indices:
-        """Return the dataset indices at positions of the current epoch's permutation."""
-        if self._permutation.epoch != self.epoch:
-            self._permutation = Permutation(self.num_samples, self.seed, self.epoch)
-        return self._permutation.take(positions)
+    def __init__(self, data_source: Sized, seed: int = 0, batch_size: BatchSize = 1) -> None:
+        order = RandomOrder(check_num_samples("data_source", data_source))
+        super().__init__(data_source, seed, batch_size, order)
 
 
 class ResumableSequentialSampler(ResumableSampler):
@@ -227,29 +265,27 @@ class ResumableSequentialSampler(ResumableSampler):
         ValueError: the dataset is empty, or the batch size less than 1.
     """
 
-    algorithm = "sequential"
-
-    def __init__(self, data_source: Sized, batch_size: int = 1) -> None:
-        super().__init__(data_source, 0, batch_size)
-
-    def indices_at(self, positions: Indices) -> Indices:
-        """Return the positions themselves."""
-        return positions
+    def __init__(self, data_source: Sized, batch_size: BatchSize = 1) -> None:
+        order = SequentialOrder(check_num_samples("data_source", data_source))
+        super().__init__(data_source, 0, batch_size, order)
 
 
-class ResumableDistributedSampler(ResumableRandomSampler):
+class ResumableDistributedSampler(ResumableSampler):
     """Deals one global order out to the ranks: rank r takes the r-th batch of every global step.
 
     Args:
         dataset: the dataset; only its length is used.
         num_replicas: how many ranks; None asks torch.distributed.
         rank: this rank; None asks torch.distributed.
-        shuffle: shuffle every epoch; else the order of the dataset.
+        shuffle: shuffle every epoch; else the order of the dataset. An Order given as `order` decides itself.
         seed: seed of the order, the same on every rank.
         drop_last: leave out what the ranks cannot share evenly, instead of repeating the first samples.
-        batch_size: samples that this rank takes in one step. A loader sets it to its own.
+        batch_size: samples that this rank takes in one step; or one for each rank; or a function of (epoch, cursor)
+            that returns either. A loader sets it to its own.
         tail: for evaluation, `Tail.EXACT` or "exact": every sample once, ranks may be uneven. None follows
             `drop_last`.
+        order: None or "helios" is the order of this library; "torch" that of PyTorch's DistributedSampler, position
+            by position, see `TorchOrder`; or any Order, such as a WeightedOrder.
 
     Raises:
         TypeError: an argument has the wrong type, or the dataset has no length.
@@ -265,23 +301,39 @@ class ResumableDistributedSampler(ResumableRandomSampler):
         shuffle: bool = True,
         seed: int = 0,
         drop_last: bool = False,
-        batch_size: int = 1,
+        batch_size: BatchSize = 1,
         tail: Tail | str | None = None,
+        order: Order | OrderName | None = None,
     ) -> None:
-        self.shuffle = check_bool("shuffle", shuffle)
-        super().__init__(dataset, seed, batch_size)
-        self.algorithm = ALGORITHM if shuffle else ResumableSequentialSampler.algorithm
+        num_samples = check_num_samples("dataset", dataset)
+        super().__init__(dataset, seed, order=choose_order(order, num_samples, shuffle))
         replicas = check_int("num_replicas", _from_group("num_replicas", num_replicas), 1)
         rank = check_int("rank", _from_group("rank", rank), 0)
         if rank >= replicas:
             raise ValueError(f"rank must be in range(num_replicas) = range({replicas}), found {rank}")
         by_default = Tail.DROP if check_bool("drop_last", drop_last) else Tail.PAD
         tail = by_default if tail is None else check_tail(tail)
-        self.sharding = Sharding(self.num_samples, self.batch_size, rank, replicas, tail)
+        self.sharding = replace(self.sharding, rank=rank, num_replicas=replicas, tail=tail)
+        self.set_batch_size(batch_size)
 
-    def indices_at(self, positions: Indices) -> Indices:
-        """Return the dataset indices at positions of the current epoch."""
-        return super().indices_at(positions) if self.shuffle else positions
+
+def choose_order(order: Order | OrderName | None, num_samples: int, shuffle: bool) -> Order:
+    """Return the order that is meant, for a dataset of so many samples.
+
+    Raises:
+        TypeError: `order` is something else, or `shuffle` is not a bool.
+        ValueError: `order` is another name.
+    """
+    check_bool("shuffle", shuffle)
+    if isinstance(order, Order):
+        return order
+    if order is None or order == "helios":
+        return RandomOrder(num_samples) if shuffle else SequentialOrder(num_samples)
+    if order == "torch":
+        return TorchOrder(num_samples, shuffle)
+    if isinstance(order, str):
+        raise ValueError(f"order must be 'helios', 'torch' or an Order, found {order!r}")
+    raise TypeError(f"order must be 'helios', 'torch' or an Order, found {type(order).__name__}")
 
 
 def check_tail(tail: Tail | str) -> Tail:

@@ -1,6 +1,6 @@
 """The state of a sampler or loader: a small plain dict, and the checks before it is believed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NotRequired, TypedDict
 
 FORMAT_VERSION = 1
@@ -16,8 +16,9 @@ class LoaderState(TypedDict):
         order_seed: in a loader, the seed of its sampler, which may have been given another one.
         epoch: epoch in progress, or to come if the last one ended; from 0.
         consumed: samples of that epoch that the training loop has received, over all ranks.
-        num_samples: samples in the dataset.
+        num_samples: positions in an epoch: the samples in the dataset, unless the order has more or fewer.
         tail: "pad", "drop" or "exact"; with "+full" if partial batches are left out.
+        order_digest: name of what the order was made of, such as weights, if there is anything.
         fingerprint: what the user gave to identify the dataset, or None.
     """
 
@@ -29,6 +30,31 @@ class LoaderState(TypedDict):
     consumed: int
     num_samples: int
     tail: str
+    order_digest: NotRequired[str]
+    fingerprint: str | None
+
+
+class StreamLoaderState(TypedDict):
+    """Where the streams of an iterable-style dataset stand, on this rank.
+
+    Attributes:
+        format: version of this dict.
+        algorithm: "stream".
+        seed: seed of the randomness in samples.
+        epoch: epoch in progress, or to come if the last one ended; from 0.
+        turn: the stream whose batch comes next.
+        num_samples: of each stream, samples of that epoch that the training loop has received.
+        dataset_states: of each stream, what its dataset's `state_dict` gave; None at the beginning of an epoch.
+        fingerprint: what the user gave to identify the dataset, or None.
+    """
+
+    format: int
+    algorithm: str
+    seed: int
+    epoch: int
+    turn: int
+    num_samples: list[int]
+    dataset_states: list[Any]
     fingerprint: str | None
 
 
@@ -47,24 +73,69 @@ def check_state(state: object, expected: LoaderState) -> LoaderState:
         LoaderStateError: a key is missing or malformed, or a value that must agree does not; both values
             are named.
     """
+    agreeing = (
+        "format",
+        "algorithm",
+        "seed",
+        "order_seed",
+        "num_samples",
+        "order_digest",
+        "tail",
+        "fingerprint",
+    )
+    checked = _checked(state, expected, agreeing)
+    _check_count("epoch", checked["epoch"])
+    _check_count("consumed", checked["consumed"])
+    if checked["consumed"] > expected["num_samples"]:
+        raise LoaderStateError(
+            f"consumed: the state has {checked['consumed']}, more than the {expected['num_samples']} samples"
+        )
+    return checked  # type: ignore[no-any-return]  # just checked, key by key
+
+
+def check_stream_state(state: object, expected: StreamLoaderState) -> StreamLoaderState:
+    """Return `state` if it continues the streams that `expected` describes.
+
+    Args:
+        state: what the user loads.
+        expected: the state of the object it is loaded into.
+
+    Raises:
+        LoaderStateError: as `check_state`; or the state has another number of streams.
+    """
+    checked = _checked(state, expected, ("format", "algorithm", "seed", "fingerprint"))
+    _check_count("epoch", checked["epoch"])
+    _check_count("turn", checked["turn"])
+    num_streams = len(expected["num_samples"])
+    for key in ("num_samples", "dataset_states"):
+        if not isinstance(checked[key], list):
+            raise LoaderStateError(f"{key} must be a list, the state has {type(checked[key]).__name__}")
+        if len(checked[key]) != num_streams:
+            raise LoaderStateError(
+                f"{key}: the state has {len(checked[key])} streams, here there are {num_streams}. An iterable-style "
+                f"dataset is divided among its workers: use the num_workers that the run began with"
+            )
+    for each in checked["num_samples"]:
+        _check_count("num_samples", each)
+    if checked["turn"] >= num_streams:
+        raise LoaderStateError(f"turn: the state has {checked['turn']}, here there are {num_streams} streams")
+    return checked  # type: ignore[no-any-return]  # just checked, key by key
+
+
+def _checked(state: object, expected: Mapping[str, Any], agreeing: Iterable[str]) -> Any:
+    """Return what `expected` has of the keys, if the values that must agree do."""
     if not isinstance(state, Mapping):
         raise LoaderStateError(f"state must be a dict as state_dict() gives it, found {type(state).__name__}")
-    if "format" in state:  # first: another format may have other keys
-        _check_agrees("format", state, expected)
+    for key in ("format", "algorithm"):  # first: another one may have other keys
+        if key in state:
+            _check_agrees(key, state, expected)
     missing = [key for key in expected if key not in state]
     if missing:
         raise LoaderStateError(f"state lacks {missing[0]!r}; it has {sorted(map(str, state))}")
-    for key in _MUST_AGREE:
+    for key in agreeing:
         if key in expected:
             _check_agrees(key, state, expected)
-    for key in ("epoch", "consumed"):
-        _check_position(key, state[key])
-    if state["consumed"] > expected["num_samples"]:
-        raise LoaderStateError(
-            f"consumed: the state has {state['consumed']}, more than the {expected['num_samples']} samples"
-        )
-    checked: Any = {key: state[key] for key in expected}
-    return checked  # type: ignore[no-any-return]  # just checked, key by key
+    return {key: state[key] for key in expected}
 
 
 _MUST_AGREE = {
@@ -73,17 +144,18 @@ _MUST_AGREE = {
     "seed": "Use the seed that the run began with.",
     "order_seed": "Use the seed that the run's sampler began with.",
     "num_samples": "It belongs to another dataset, or the dataset changed.",
+    "order_digest": "Use the weights, lengths or indices that the run began with.",
     "tail": "Use the drop_last and tail that the run began with.",
     "fingerprint": "It belongs to another dataset, or the dataset changed.",
 }
 
 
-def _check_agrees(key: str, state: Mapping[str, Any], expected: LoaderState) -> None:
-    found, wanted = state[key], expected[key]  # type: ignore[literal-required]
+def _check_agrees(key: str, state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    found, wanted = state[key], expected[key]
     if type(found) is not type(wanted) or found != wanted:
         raise LoaderStateError(f"{key}: the state has {found!r}, here it is {wanted!r}. {_MUST_AGREE[key]}")
 
 
-def _check_position(key: str, value: object) -> None:
+def _check_count(key: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise LoaderStateError(f"{key} must be an int of 0 or more, the state has {value!r}")

@@ -1,0 +1,78 @@
+"""torch's DataLoader, set up to fetch for ours: it sees whole batches as samples, and draws its own seeds."""
+
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from helios.data._keyed import WorkerInit, pass_through
+
+
+def torch_options(
+    pin_memory: bool, worker_init_fn: Callable[[int], None] | None, others: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the options of torch's DataLoader that concern workers and memory.
+
+    Args:
+        pin_memory: copy batches to pinned memory, if there is an accelerator.
+        worker_init_fn: the user's, to run after ours.
+        others: go through as they are.
+    """
+    return {
+        **others,
+        "worker_init_fn": WorkerInit(worker_init_fn),
+        # Asked to pin memory without an accelerator, torch warns at every iteration.
+        "pin_memory": pin_memory and torch.accelerator.is_available(),
+    }
+
+
+class Fetcher:
+    """Fetches batches with torch's machinery, and draws nothing from the global generators.
+
+    Args:
+        dataset: its samples are whole batches.
+        options: of `torch_options`.
+        sampler: what to ask the dataset for; None if it is iterable.
+    """
+
+    def __init__(
+        self, dataset: Any, options: Mapping[str, Any], sampler: Iterable[Any] | None = None
+    ) -> None:
+        # torch takes the base seed of its workers from the global generator if it has none of its own.
+        self._base_seeds = torch.Generator()
+        self._has_workers = options["num_workers"] > 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch thinks of the options it said to the outer loader
+            self._loader: DataLoader[Any] = DataLoader(
+                dataset,
+                batch_size=None,
+                sampler=sampler,
+                collate_fn=pass_through,
+                generator=self._base_seeds,
+                **options,
+            )
+
+    def begin(self, base_seed: int) -> Iterator[Any]:
+        """Begin an iteration.
+
+        Args:
+            base_seed: torch seeds worker w with base_seed + w.
+        """
+        self._base_seeds.manual_seed(base_seed)
+        return iter(self._loader)
+
+    def next_batch(self, batches: Iterator[Any]) -> Any:
+        """Return the next batch of an iteration; StopIteration at its end, and any error of the dataset."""
+        try:
+            return next(batches)
+        except StopIteration:
+            raise
+        except Exception as error:
+            if self._has_workers:
+                # torch re-raises from a frame that holds the error: a cycle, and workers that the
+                # garbage collector ends are waited for ten seconds. The lines of the traceback stay.
+                traceback.clear_frames(error.__traceback__)
+            raise
