@@ -1,6 +1,5 @@
 """What runs where an iterable-style dataset is iterated: in each worker, or in the main process."""
 
-import copy
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -71,7 +70,7 @@ class StreamDataset(IterableDataset[StreamBatch]):
         batch_size: samples in a batch.
         drop_last: leave out the last batch if it is smaller.
         seed: seed of the randomness; None leaves the generators alone.
-        initial_state: the dataset's state at the beginning of every epoch.
+        initial_state: the dataset's state at the beginning of every epoch, pickled.
         start: where to begin; holds for the epoch it names, once. Other epochs begin at their beginning.
 
     Attributes:
@@ -85,7 +84,7 @@ class StreamDataset(IterableDataset[StreamBatch]):
         batch_size: int,
         drop_last: bool,
         seed: int | None,
-        initial_state: Any,
+        initial_state: bytes,
         start: StreamCursor,
     ) -> None:
         self.dataset = dataset
@@ -123,11 +122,11 @@ class StreamDataset(IterableDataset[StreamBatch]):
     def _set_dataset(self, epoch: int, state: bytes | None) -> None:
         set_epoch = getattr(self.dataset, "set_epoch", None)
         if state is None:
-            self.dataset.load_state_dict(copy.deepcopy(self._initial_state))
+            self.dataset.load_state_dict(pickle.loads(self._initial_state))  # noqa: S301  # of this run
         if callable(set_epoch):
             set_epoch(epoch)
         if state is not None:
-            self.dataset.load_state_dict(pickle.loads(state))  # noqa: S301  # of our own main process
+            self.dataset.load_state_dict(pickle.loads(state))  # noqa: S301  # of this run
 
     def _draw(self, samples: Iterator[Any], epoch: int, stream: int, position: int) -> list[Any]:
         """Return the samples of the next batch; fewer, or none, at the end of the stream."""
