@@ -745,7 +745,11 @@ class NoLength:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"dataset": Stream()}, TypeError, "dataset is the IterableDataset Stream without state_dict and load_state_dict"),
+        (
+            {"dataset": Stream()},
+            TypeError,
+            "dataset is the IterableDataset Stream without state_dict and load",
+        ),
         ({"dataset": NoIndex()}, TypeError, "dataset must be map-style .* found NoIndex"),
         ({"dataset": NoLength()}, TypeError, "dataset must have a length .* found NoLength"),
         ({"dataset": []}, ValueError, "dataset is empty"),
@@ -762,7 +766,11 @@ class NoLength:
         ({"debug_mode": 0}, TypeError, "debug_mode must be True or False, found int 0"),
         ({"is_distributed": 0}, TypeError, "is_distributed must be True or False, found int 0"),
         ({"persistent_workers": 1}, TypeError, "persistent_workers must be True or False, found int 1"),
-        ({"sample_rng": "none"}, ValueError, "sample_rng must be one of 'sample', 'batch', 'worker', found 'none'"),
+        (
+            {"sample_rng": "none"},
+            ValueError,
+            "sample_rng must be one of 'sample', 'batch', 'worker', found 'none'",
+        ),
         ({"fingerprint": 3}, TypeError, "fingerprint must be a str or None, found int"),
         ({"fingerprint": "f" * 257}, ValueError, "fingerprint must have at most 256 characters, found 257"),
         ({"collate_fn": 3}, TypeError, "collate_fn must be callable or None, found int 3"),
