@@ -161,18 +161,24 @@ class ResumableDataLoader(DataLoader[Any]):
 
     def _receive(self, epoch: int, cursor: int, batches: Iterator[Any], planned: deque[int]) -> Iterator[Any]:
         """Hand over the batches, counting each as consumed when the loop gets it."""
-        sampler, fetcher = self.sampler, self._fetcher
-        while not sampler.sharding.is_over(cursor, epoch):
-            if not self._is_current(epoch, planned):
+        sampler, next_batch = self.sampler, self._fetcher.next_batch
+        while True:
+            if not self._is_current(epoch, planned) and not sampler.sharding.is_over(cursor, epoch):
                 raise RuntimeError(
                     f"this iteration of epoch {epoch} cannot go on at sample {cursor}: another one was begun "
                     f"on the same loader, or its epoch or state was set. Begin a new iteration, or make a "
                     f"second loader"
                 )
-            batch = fetcher.next_batch(batches)
+            try:
+                batch = next_batch(batches)
+            except StopIteration:
+                if not sampler.sharding.is_over(cursor, epoch):  # not ours: it would end the epoch unnoticed
+                    raise RuntimeError(
+                        f"the dataset raised StopIteration at sample {cursor} of epoch {epoch}"
+                    ) from None
+                break
             cursor = sampler.consumed = planned.popleft()
             yield batch
-        next(batches, None)  # there is none: torch stops its workers now
         if self._is_current(epoch, planned):
             sampler.end_epoch()
 

@@ -30,7 +30,7 @@ def torch_options(
 
 
 class Fetcher:
-    """Fetches batches with torch's machinery, and draws nothing from the global generators.
+    """Fetches batches, with torch's machinery where there are workers, and draws nothing from the global generators.
 
     Args:
         dataset: its samples are whole batches.
@@ -41,19 +41,25 @@ class Fetcher:
     def __init__(
         self, dataset: Any, options: Mapping[str, Any], sampler: Iterable[Any] | None = None
     ) -> None:
+        self._dataset = dataset
+        self._sampler = sampler
+        self._has_workers = options["num_workers"] > 0
         # torch takes the base seed of its workers from the global generator if it has none of its own.
         self._base_seeds = torch.Generator()
-        self._has_workers = options["num_workers"] > 0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch thinks of the options it said to the outer loader
-            self._loader: DataLoader[Any] = DataLoader(
-                dataset,
-                batch_size=None,
-                sampler=sampler,
-                collate_fn=pass_through,
-                generator=self._base_seeds,
-                **options,
-            )
+        self._loader: DataLoader[Any] | None = None
+        if self._has_workers or options["pin_memory"]:
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore"
+                )  # what torch thinks of the options it said to the outer loader
+                self._loader = DataLoader(
+                    dataset,
+                    batch_size=None,
+                    sampler=sampler,
+                    collate_fn=pass_through,
+                    generator=self._base_seeds,
+                    **options,
+                )
 
     def begin(self, base_seed: int) -> Iterator[Any]:
         """Begin an iteration.
@@ -61,8 +67,11 @@ class Fetcher:
         Args:
             base_seed: torch seeds worker w with base_seed + w.
         """
-        self._base_seeds.manual_seed(base_seed)
-        return iter(self._loader)
+        if self._loader is not None:
+            self._base_seeds.manual_seed(base_seed)
+            return iter(self._loader)
+        # In this process torch would only call the dataset, and take longer for it than for a small batch.
+        return iter(self._dataset) if self._sampler is None else map(self._dataset.__getitem__, self._sampler)
 
     def next_batch(self, batches: Iterator[Any]) -> Any:
         """Return the next batch of an iteration; StopIteration at its end, and any error of the dataset."""
