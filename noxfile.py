@@ -37,7 +37,9 @@ def install_packages(session: nox.Session, *others: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests of the packages, then those of the whole; arguments go to pytest."""
-    install_packages(session, "pytest", "hypothesis", "pytest-xdist")
+    # The trainers and the loader that helios-data is used inside of are the real ones.
+    others = ["lightning>=2.6", "accelerate>=1.15", "torchdata>=0.11"]
+    install_packages(session, "pytest", "hypothesis", "pytest-xdist", *others)
     # Two at a time: most of a test's time is a process that starts or a disk that syncs.
     session.run("pytest", "-n", "2", "--dist", "worksteal", *session.posargs)
 
@@ -113,6 +115,20 @@ def demo(session: nox.Session) -> None:
     """Train the digits, train them again while killing the run, and prove that nothing differs."""
     install_packages(session, "-r", "examples/requirements.txt")
     session.run("python", "examples/prove_resume.py", *session.posargs)
+
+
+@nox.session
+def statistics(session: nox.Session) -> None:
+    """Slow: is the shuffle as good as a random one? With shuffles beside it that must be found out."""
+    install_packages(session, "pytest")
+    session.run("pytest", "-s", "tests/statistics/permutation.py", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Slow: time and memory of helios-data and its peers, as tables; wants a quiet machine."""
+    install_packages(session, "-r", "benchmarks/requirements.txt")
+    session.run("python", "-m", "benchmarks.run", *session.posargs)
 
 
 @nox.session

@@ -772,7 +772,11 @@ class NoLength:
             "sample_rng must be one of 'sample', 'batch', 'worker', found 'none'",
         ),
         ({"fingerprint": 3}, TypeError, "fingerprint must be a str or None, found int"),
-        ({"fingerprint": "f" * 257}, ValueError, "fingerprint must have at most 256 characters, found 257"),
+        (
+            {"fingerprint": "f" * 257},
+            ValueError,
+            "fingerprint must have at most 256 characters, as JSON writes it, found 257",
+        ),
         ({"collate_fn": 3}, TypeError, "collate_fn must be callable or None, found int 3"),
         ({"worker_init_fn": "f"}, TypeError, "worker_init_fn must be callable or None, found str 'f'"),
         ({"tail": "some"}, ValueError, "tail must be one of 'pad', 'drop', 'exact', found 'some'"),

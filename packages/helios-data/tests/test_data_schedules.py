@@ -5,7 +5,7 @@ All ranks run in this process, in step, each with a loader of its own.
 
 import json
 from collections import Counter
-from itertools import islice, zip_longest
+from itertools import islice, product, zip_longest
 
 import numpy as np
 import pytest
@@ -217,6 +217,15 @@ def test_torch_is_torch_batch_by_batch(n, world, batch_size, epoch, stop, option
             assert first == expected
 
 
+def test_torch_within_a_subset_is_torch_over_the_subset():
+    indices = list(range(0, N, 2))
+    for rank in range(3):
+        theirs = DistributedSampler(indices, 3, rank, seed=5)
+        order = SubsetOrder(indices, TorchOrder(len(indices)))
+        ours = ResumableDistributedSampler(range(N), 3, rank, seed=5, batch_size=2, order=order)
+        assert list(ours) == [indices[i] for i in theirs]
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_torch_in_one_process(shuffle, drop_last):
@@ -240,20 +249,23 @@ def indices_of(loader):
 
 @pytest.mark.parametrize("tail", ["pad", "drop", "exact"])
 @pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize("sizes", [[4, 4, 4], [1, 7, 3], varying(3)], ids=["equal", "unequal", "schedule"])
+@pytest.mark.parametrize(
+    "sizes",
+    [[4, 4, 4], [1, 7, 3], varying(3), lambda epoch, cursor: [[6, 1, 1], [1, 1, 6]][epoch % 2]],
+    ids=["equal", "unequal", "schedule", "other ranks in other epochs"],
+)
 def test_the_length_is_what_is_received(tail, drop_last, sizes):
-    for rank in range(3):
-        sampler = ResumableDistributedSampler(Augmented(), 3, rank, tail=tail)
-        loader = create_dataloader(Augmented(), batch_size=sizes, sampler=sampler, drop_last=drop_last)
+    for n, rank in product(range(31, 38), range(3)):
+        sampler = ResumableDistributedSampler(range(n), 3, rank, tail=tail)
+        loader = create_dataloader(range(n), batch_size=sizes, sampler=sampler, drop_last=drop_last)
         for epoch in range(3):
             assert loader.epoch == epoch
             expected, num_samples = len(loader), len(sampler)
-            found = indices_of(loader)
-            assert (len(found), sum(map(len, found))) == (expected, num_samples)
+            found = [len(batch) for batch in loader]
+            assert (len(found), sum(found)) == (expected, num_samples)
             if drop_last:
                 cursors = [sampler.sharding.cursor_after(k, epoch) for k in range(len(found))]
-                full = [sampler.sharding.sizes_at(cursor, epoch)[rank] for cursor in cursors]
-                assert [len(batch) for batch in found] == full
+                assert found == [sampler.sharding.sizes_at(cursor, epoch)[rank] for cursor in cursors]
 
 
 def test_start_iter_epochs_and_states_with_a_schedule():

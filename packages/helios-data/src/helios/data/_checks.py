@@ -3,6 +3,9 @@
 import operator
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 
 def check_int(name: str, value: Any, minimum: int | None = None) -> int:
     """Return an int that is at least `minimum`; TypeError or ValueError otherwise. NumPy's ints count."""
@@ -42,3 +45,24 @@ def check_num_samples(name: str, dataset: Any) -> int:
     if num_samples == 0:
         raise ValueError(f"{name} is empty: there is nothing to sample")
     return num_samples
+
+
+def as_array(name: str, values: Any) -> npt.NDArray[Any]:
+    """Return what the user gave as an array, a memory-mapped one as it is; TypeError if it cannot be one."""
+    try:
+        array: npt.NDArray[Any] = np.asanyarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors that NumPy cannot take
+        raise TypeError(
+            f"{name} must be a 1-d array of numbers, found a {type(values).__name__} that is none: {error}"
+        ) from error
+    return array
+
+
+def check_positions(positions: Any, num_samples: int) -> None:
+    """TypeError unless positions are a 1-d array of integers; ValueError unless each is in range(num_samples)."""
+    if not isinstance(positions, np.ndarray) or positions.dtype.kind not in "iu" or positions.ndim != 1:
+        found = getattr(positions, "dtype", type(positions).__name__)
+        raise TypeError(f"positions must be a 1-d array of integers, found {found}")
+    if positions.size and (positions.min() < 0 or positions.max() >= num_samples):
+        found = f"{positions.min()} to {positions.max()}"
+        raise ValueError(f"positions must be in range({num_samples}), found {found}")

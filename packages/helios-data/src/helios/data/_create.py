@@ -1,5 +1,6 @@
 """The function that makes a loader: checks the options, and chooses the sampler."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -159,9 +160,9 @@ def _check_fingerprint(fingerprint: Any) -> None:
         return
     if not isinstance(fingerprint, str):
         raise TypeError(f"fingerprint must be a str or None, found {type(fingerprint).__name__}")
-    if len(fingerprint) > _MAX_FINGERPRINT:
+    if (length := len(json.dumps(fingerprint)) - len('""')) > _MAX_FINGERPRINT:
         raise ValueError(
-            f"fingerprint must have at most {_MAX_FINGERPRINT} characters, found {len(fingerprint)}"
+            f"fingerprint must have at most {_MAX_FINGERPRINT} characters, as JSON writes it, found {length}"
         )
 
 
@@ -202,7 +203,9 @@ def _sampler_for(dataset: Any, params: DataLoaderParams) -> ResumableSampler:
             dataset, seed=seed, drop_last=params.drop_last, tail=tail, order=order
         )
     sampler: ResumableSampler
-    if isinstance(order, RandomOrder):
+    if isinstance(params.order, Order):  # used as it is given, and checked against the dataset
+        sampler = ResumableSampler(dataset, seed, order=order)
+    elif isinstance(order, RandomOrder):
         sampler = ResumableRandomSampler(dataset, seed)
     elif isinstance(order, SequentialOrder):
         sampler = ResumableSequentialSampler(dataset)

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import BatchSampler, DataLoader
 
 from helios.core.rng import derive_seed
 from helios.data._keyed import BatchRequest, FetchedDataset
@@ -23,6 +24,16 @@ class _Requests:
 
     def __iter__(self) -> Iterator[BatchRequest]:
         return self.plan
+
+
+class _NotForOthers(BatchSampler):
+    """What libraries find that take the loader apart to make another one of its parts."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        raise RuntimeError(
+            "the batches of a ResumableDataLoader cannot be taken from its batch_sampler: nobody would count what the "
+            "loop receives, nor re-key the randomness of samples. Iterate the loader itself"
+        )
 
 
 class ResumableDataLoader(DataLoader[Any]):
@@ -53,6 +64,8 @@ class ResumableDataLoader(DataLoader[Any]):
     """
 
     sampler: ResumableSampler
+    # Accelerate's save_state and load_state take the state of a prepared loader only if it has this.
+    use_stateful_dataloader = True
 
     def __init__(
         self,
@@ -79,6 +92,9 @@ class ResumableDataLoader(DataLoader[Any]):
             collate_fn=collate_fn,
             **self._options,
         )
+        # torch's DataLoader refuses plain setattr.
+        object.__setattr__(self, "batch_sampler", _NotForOthers(sampler, sampler.batch_size, drop_last))
+        self._restored_epoch: int | None = None  # of a loaded state that no batch was taken from yet
         self._seed = seed
         self._fingerprint = fingerprint
         self._fetching = fetching
@@ -100,6 +116,32 @@ class ResumableDataLoader(DataLoader[Any]):
         self.__dict__.update(state)
         self._prepare_fetching()
         self.sampler.restore(self.sampler.state_dict())
+
+    @property
+    def _is_accelerate_prepared(self) -> bool:
+        """What `Accelerator.prepare` asks, to leave alone what it has prepared.
+
+        It would make a DataLoader of its own from our parts otherwise, without our count and randomness.
+
+        Raises:
+            RuntimeError: there are several ranks, and the loader does not deal its samples out to them.
+        """
+        self._check_ranks()
+        return True
+
+    @_is_accelerate_prepared.setter
+    def _is_accelerate_prepared(self, value: bool) -> None:
+        """Accelerate marks all that it has seen."""
+
+    def _check_ranks(self) -> None:
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        if (num_ranks := distributed.get_world_size()) > 1 and self.sampler.sharding.num_replicas == 1:
+            raise RuntimeError(
+                f"each of the {num_ranks} ranks would take all samples: make the loader with is_distributed=True, "
+                f"after the Accelerator, which begins the process group"
+            )
 
     @property
     def epoch(self) -> int:
@@ -147,8 +189,13 @@ class ResumableDataLoader(DataLoader[Any]):
         """
         self.sampler.restore(check_state(state, self.state_dict()))
         self._planned = None
+        self._restored_epoch = self.sampler.epoch
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises its own iterator class
+        return self._receive(*self._begin())
+
+    def _begin(self) -> tuple[int, int, Iterator[Any], deque[int]]:
+        """Begin an iteration: return its epoch, its cursor, its batches, and where each of them will end."""
         sampler, planned = self.sampler, deque[int]()
         sampler.settle()
         cursor, epoch = sampler.start, sampler.epoch
@@ -157,11 +204,22 @@ class ResumableDataLoader(DataLoader[Any]):
         base_seed = derive_seed(self._seed, "worker", epoch, cursor, sampler.sharding.rank)
         self._requests.plan = _plan(sampler, cursor, iter(sampler), planned)
         sampler.consumed = cursor
-        return self._receive(epoch, cursor, self._fetcher.begin(base_seed), planned)
+        return epoch, cursor, self._fetcher.begin(base_seed), planned
 
     def _receive(self, epoch: int, cursor: int, batches: Iterator[Any], planned: deque[int]) -> Iterator[Any]:
         """Hand over the batches, counting each as consumed when the loop gets it."""
         sampler, next_batch = self.sampler, self._fetcher.next_batch
+        if self._planned is planned and sampler.epoch != epoch:
+            # Nothing was handed over, so the epoch may still be chosen: Lightning calls iter(), then set_epoch().
+            sampler.consumed = sampler.start = 0  # a start_iter was for the other epoch
+            del batches  # ends its workers before others begin
+            epoch, cursor, batches, planned = self._begin()
+        if self._restored_epoch is not None and sampler.epoch < self._restored_epoch:
+            raise RuntimeError(
+                f"a state of epoch {self._restored_epoch} was loaded, and set_epoch({sampler.epoch}) went back "
+                f"before it was used. Begin the loop over epochs at loader.epoch, or set no epochs: a completed "
+                f"pass goes on to the next one"
+            )
         while True:
             if not self._is_current(epoch, planned) and not sampler.sharding.is_over(cursor, epoch):
                 raise RuntimeError(
@@ -178,6 +236,7 @@ class ResumableDataLoader(DataLoader[Any]):
                     ) from None
                 break
             cursor = sampler.consumed = planned.popleft()
+            self._restored_epoch = None
             yield batch
         if self._is_current(epoch, planned):
             sampler.end_epoch()

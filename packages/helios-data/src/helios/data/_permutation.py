@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from helios.core.rng import derive_bytes
-from helios.data._checks import check_int
+from helios.data._checks import check_int, check_positions
 
 ALGORITHM = "helios-feistel12-v1"
 BLOCK_SIZE = 8192  # indices; work in blocks that stay in the cache: smaller ones pay NumPy's call overhead
@@ -97,12 +97,7 @@ class Permutation:
             TypeError: the positions are not an array of integers with one dimension.
             ValueError: a position is out of range.
         """
-        if not isinstance(positions, np.ndarray) or positions.dtype.kind not in "iu" or positions.ndim != 1:
-            found = getattr(positions, "dtype", type(positions).__name__)
-            raise TypeError(f"positions must be a 1-d array of integers, found {found}")
-        if positions.size and (positions.min() < 0 or positions.max() >= self.num_samples):
-            found = f"{positions.min()} to {positions.max()}"
-            raise ValueError(f"positions must be in range({self.num_samples}), found {found}")
+        check_positions(positions, self.num_samples)
         return self._take(positions)
 
     def __len__(self) -> int:

@@ -65,7 +65,11 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
             if not isinstance(order, Order):
                 raise TypeError(f"order must be an Order or None, found {type(order).__name__} {order!r}")
             order.check_dataset(self.num_dataset_samples)
-            self.algorithm = type(self).algorithm or order.algorithm
+            is_overridden = (
+                type(self).indices_at is not ResumableSampler.indices_at
+                or type(self).__iter__ is not ResumableSampler.__iter__
+            )
+            self.algorithm = type(self).algorithm or ("" if is_overridden else order.algorithm)
             self.num_samples = order.num_samples
         self._indices_of_epoch: tuple[int, IndicesAt] | None = None
         self.sharding = Sharding(
@@ -115,8 +119,9 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
         if not callable(batch_size):
             sizes = checked_sizes(batch_size, sharding.num_replicas, sharding.is_interleaved)
             batch_size = sizes[0] if len(set(sizes)) == 1 else sizes
-        self.sharding = replace(sharding, batch_size=batch_size, drop_partial=drop_partial)
-        self.sharding.sizes_at(0)  # says what is wrong with a function
+        changed = replace(sharding, batch_size=batch_size, drop_partial=drop_partial)
+        changed.sizes_at(0)  # says what is wrong with a function, before anything is changed
+        self.sharding = changed
 
     @property
     def start_iter(self) -> int:
@@ -179,8 +184,13 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
     def _indices_from(self, cursor: int) -> Iterator[int]:
         # A window at once where the order computes whole ones: more would make the first index wait.
         window = 1 if self.order is None else self.order.window
-        at_once = BLOCK_SIZE if window == 1 else max(window // self.sharding.num_replicas, 1)
-        for positions in self.sharding.positions_from(cursor, self.epoch, at_once):
+        at_once = BLOCK_SIZE * self.sharding.num_replicas if window == 1 else window
+        epoch = self.epoch
+        for positions in self.sharding.positions_from(cursor, epoch, at_once):
+            if self.epoch != epoch:
+                raise RuntimeError(
+                    f"this iteration of epoch {epoch} cannot go on: the epoch was set to {self.epoch} meanwhile"
+                )
             yield from self.indices_at(positions).tolist()
 
     def __len__(self) -> int:
@@ -221,9 +231,9 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
                 can begin at whole batches only; nothing was changed.
         """
         epoch, consumed = state["epoch"], state["consumed"]
-        num_steps = self.sharding.steps_before(consumed, epoch)
+        # Counting steps walks through a schedule: only a sampler that begins at whole batches needs it.
         if type(self).__iter__ is not ResumableSampler.__iter__ and consumed != self.sharding.cursor_after(
-            num_steps, epoch
+            self.sharding.steps_before(consumed, epoch), epoch
         ):
             raise LoaderStateError(
                 f"consumed: the state has {consumed}, which is within a batch here, and "
@@ -270,7 +280,8 @@ class ResumableSequentialSampler(ResumableSampler):
         super().__init__(data_source, 0, batch_size, order)
 
 
-class ResumableDistributedSampler(ResumableSampler):
+# torch's class does nothing here. Lightning puts a sampler of its own into loaders whose sampler is not of it.
+class ResumableDistributedSampler(ResumableSampler, torch.utils.data.DistributedSampler[int]):
     """Deals one global order out to the ranks: rank r takes the r-th batch of every global step.
 
     Args:
@@ -327,13 +338,13 @@ def choose_order(order: Order | OrderName | None, num_samples: int, shuffle: boo
     check_bool("shuffle", shuffle)
     if isinstance(order, Order):
         return order
+    if order is not None and not isinstance(order, str):
+        raise TypeError(f"order must be 'helios', 'torch' or an Order, found {type(order).__name__}")
     if order is None or order == "helios":
         return RandomOrder(num_samples) if shuffle else SequentialOrder(num_samples)
     if order == "torch":
         return TorchOrder(num_samples, shuffle)
-    if isinstance(order, str):
-        raise ValueError(f"order must be 'helios', 'torch' or an Order, found {order!r}")
-    raise TypeError(f"order must be 'helios', 'torch' or an Order, found {type(order).__name__}")
+    raise ValueError(f"order must be 'helios', 'torch' or an Order, found {order!r}")
 
 
 def check_tail(tail: Tail | str) -> Tail:

@@ -164,7 +164,7 @@ class Sharding:
         Args:
             cursor: where to begin.
             epoch: the epoch.
-            at_once: positions of this rank in a block, roughly.
+            at_once: positions of all ranks in a block, roughly.
 
         Yields:
             int64 arrays, each in range(num_samples).
@@ -172,9 +172,9 @@ class Sharding:
         if not self.has_schedule:
             sizes = self.sizes_at(cursor)
             own, total = sizes[self.rank], sum(sizes)
-            steps_at_once = max(at_once // own, 1)
-            first = self._step(0, sum(sizes[: self.rank]), own, total).positions()
+            steps_at_once = max(at_once // total, 1)
             while (num_full := min((self.num_samples - cursor) // total, steps_at_once)) > 0:
+                first = self._step(0, sum(sizes[: self.rank]), own, total).positions()
                 yield (cursor + total * np.arange(num_full, dtype=np.int64)[:, None] + first).ravel()
                 cursor += num_full * total
         for step in self.steps(cursor, epoch):
@@ -211,7 +211,7 @@ class Sharding:
 
 def checked_sizes(sizes: BatchSizes, num_replicas: int, must_be_equal: bool) -> list[int]:
     """Return a batch size for every rank; TypeError or ValueError if there is not one, of 1 or more."""
-    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str | bytes):
         return [check_int("batch_size", sizes, 1)] * num_replicas
     if len(sizes) != num_replicas:
         raise ValueError(

@@ -45,6 +45,7 @@ class StreamLoaderState(TypedDict):
         turn: the stream whose batch comes next.
         num_samples: of each stream, samples of that epoch that the training loop has received.
         dataset_states: of each stream, what its dataset's `state_dict` gave; None at the beginning of an epoch.
+        has_ended: of each stream, whether it has no more batches.
         fingerprint: what the user gave to identify the dataset, or None.
     """
 
@@ -55,6 +56,7 @@ class StreamLoaderState(TypedDict):
     turn: int
     num_samples: list[int]
     dataset_states: list[Any]
+    has_ended: list[bool]
     fingerprint: str | None
 
 
@@ -107,7 +109,7 @@ def check_stream_state(state: object, expected: StreamLoaderState) -> StreamLoad
     _check_count("epoch", checked["epoch"])
     _check_count("turn", checked["turn"])
     num_streams = len(expected["num_samples"])
-    for key in ("num_samples", "dataset_states"):
+    for key in ("num_samples", "dataset_states", "has_ended"):
         if not isinstance(checked[key], list):
             raise LoaderStateError(f"{key} must be a list, the state has {type(checked[key]).__name__}")
         if len(checked[key]) != num_streams:
@@ -117,6 +119,9 @@ def check_stream_state(state: object, expected: StreamLoaderState) -> StreamLoad
             )
     for each in checked["num_samples"]:
         _check_count("num_samples", each)
+    for each in checked["has_ended"]:
+        if not isinstance(each, bool):
+            raise LoaderStateError(f"has_ended must be True or False of each stream, the state has {each!r}")
     if checked["turn"] >= num_streams:
         raise LoaderStateError(f"turn: the state has {checked['turn']}, here there are {num_streams} streams")
     return checked  # type: ignore[no-any-return]  # just checked, key by key
@@ -129,6 +134,11 @@ def _checked(state: object, expected: Mapping[str, Any], agreeing: Iterable[str]
     for key in ("format", "algorithm"):  # first: another one may have other keys
         if key in state:
             _check_agrees(key, state, expected)
+    if "order_digest" in state and "order_digest" not in expected:
+        raise LoaderStateError(
+            f"order_digest: the state has {state['order_digest']!r}, here the order has none. "
+            f"{_MUST_AGREE['order_digest']}"
+        )
     missing = [key for key in expected if key not in state]
     if missing:
         raise LoaderStateError(f"state lacks {missing[0]!r}; it has {sorted(map(str, state))}")

@@ -2,7 +2,6 @@
 
 import pickle
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -28,9 +27,9 @@ class StreamDataLoader(ResumableDataLoader):
 
     Every epoch begins with the state that the dataset had when the loader was made; if the dataset has `set_epoch`, it
     is called with the epoch. Randomness is re-keyed before each sample by (seed, epoch, stream, samples before).
-    What a dataset draws before its first sample must be part of its state. That a stream has ended is only known when
-    it is asked for more: a state taken after the last batch, but before the pass was over, goes on with an
-    empty rest of that epoch.
+    What a dataset draws before its first sample must be part of its state, which is asked for after every batch. The
+    dataset is one sample ahead of the loop (with drop_last, one batch), so that an epoch is known to end with its last
+    batch.
 
     Args:
         dataset: the dataset.
@@ -77,13 +76,16 @@ class StreamDataLoader(ResumableDataLoader):
         self._is_keyed = is_keyed
         self._fingerprint = fingerprint
         self._initial_state = pickle.dumps(dataset.state_dict())
-        self._begin(StreamCursor.at_beginning(0, max(self.num_workers, 1)))
+        self._go_to(StreamCursor.at_beginning(0, max(self.num_workers, 1)))
         self._fetcher: Fetcher | None = None  # type: ignore[assignment]  # made when it is known where to begin
 
-    def _begin(self, cursor: StreamCursor, is_resumed: bool = False) -> None:
+    def _go_to(self, cursor: StreamCursor, is_resumed: bool = False) -> None:
         self._cursor = cursor
         self._is_resumed = is_resumed  # the next iteration goes on here, instead of beginning the epoch
         self._iteration: object = None  # the current one; others are refused
+
+    def _check_ranks(self) -> None:
+        """Nothing to check: the dataset divides its samples among the ranks itself."""
 
     @property
     def epoch(self) -> int:
@@ -103,8 +105,10 @@ class StreamDataLoader(ResumableDataLoader):
             ValueError: the epoch is negative.
         """
         number = check_int("epoch", epoch, 0)
+        if self._cursor.is_over:
+            self._go_to(self._cursor.settled())
         if number != self._cursor.epoch:
-            self._begin(StreamCursor.at_beginning(number, len(self._cursor.num_samples)))
+            self._go_to(StreamCursor.at_beginning(number, len(self._cursor.num_samples)))
 
     def state_dict(self) -> StreamLoaderState:  # type: ignore[override]  # a stream's state has other keys
         """Return where the streams stand: the batches that the loop has received count.
@@ -112,7 +116,7 @@ class StreamDataLoader(ResumableDataLoader):
         Returns:
             A dict with the states of the streams' datasets in it. It differs between ranks.
         """
-        cursor = self._cursor
+        cursor = self._cursor.settled()
         return {
             "format": FORMAT_VERSION,
             "algorithm": ALGORITHM,
@@ -120,7 +124,11 @@ class StreamDataLoader(ResumableDataLoader):
             "epoch": cursor.epoch,
             "turn": cursor.turn,
             "num_samples": list(cursor.num_samples),
-            "dataset_states": [self._dataset_state(stream) for stream in range(len(cursor.num_samples))],
+            "dataset_states": [
+                None if state is None else pickle.loads(state)  # noqa: S301  # of our own worker
+                for state in cursor.dataset_states
+            ],
+            "has_ended": list(cursor.has_ended),
             "fingerprint": self._fingerprint,
         }
 
@@ -136,15 +144,13 @@ class StreamDataLoader(ResumableDataLoader):
         """
         checked = check_stream_state(state, self.state_dict())
         states = tuple(None if each is None else pickle.dumps(each) for each in checked["dataset_states"])
-        cursor = StreamCursor(checked["epoch"], checked["turn"], tuple(checked["num_samples"]), states)
-        self._begin(cursor, is_resumed=True)
+        num_samples, has_ended = tuple(checked["num_samples"]), tuple(checked["has_ended"])
+        cursor = StreamCursor(checked["epoch"], checked["turn"], num_samples, states, has_ended)
+        self._go_to(cursor, is_resumed=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: all but the iteration under way, workers and what they fetched."""
-        states = [self._dataset_state(stream) for stream in range(len(self._cursor.num_samples))]
-        pickled = tuple(None if each is None else pickle.dumps(each) for each in states)
-        cursor = replace(self._cursor, dataset_states=pickled)
-        return {**self.__dict__, "_cursor": cursor, "_iteration": None, "_fetcher": None, "_streams": None}
+        return {**self.__dict__, "_iteration": None, "_fetcher": None, "_streams": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin the next iteration where the original stood when it was pickled or copied."""
@@ -156,8 +162,10 @@ class StreamDataLoader(ResumableDataLoader):
         return DataLoader.__len__(self)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises its own iterator class
-        if not self._is_resumed:  # an epoch that was broken off begins anew
-            self._begin(StreamCursor.at_beginning(self._cursor.epoch, len(self._cursor.num_samples)))
+        if self._cursor.is_over:  # and the loop asked for no more
+            self._go_to(self._cursor.settled())
+        elif not self._is_resumed:  # an epoch that was broken off begins anew
+            self._go_to(StreamCursor.at_beginning(self._cursor.epoch, len(self._cursor.num_samples)))
         if self._is_resumed or self._fetcher is None or not self.persistent_workers:
             # Another one, since workers that persist could not be told where to go on.
             seed = self._seed if self._is_keyed else None
@@ -173,7 +181,7 @@ class StreamDataLoader(ResumableDataLoader):
             )
             self._fetcher = Fetcher(self._streams, self._options)
         self._streams.epoch.fill_(self._cursor.epoch)
-        self._begin(self._cursor)
+        self._go_to(self._cursor)
         self._iteration = object()
         # Only for sample_rng="worker": other random numbers in every epoch, and after a resume.
         base_seed = derive_seed(self._seed, "worker", self._cursor.epoch, *self._cursor.num_samples)
@@ -183,7 +191,8 @@ class StreamDataLoader(ResumableDataLoader):
         self, fetcher: Fetcher, batches: Iterator[StreamBatch], iteration: object
     ) -> Iterator[Any]:
         """Hand over the batches, counting each when the loop gets it."""
-        while True:
+        is_over = False
+        while not is_over or self._iteration is iteration:
             if self._iteration is not iteration:
                 raise RuntimeError(
                     "this iteration cannot go on: another one was begun on the same loader, or its epoch or state was "
@@ -193,18 +202,9 @@ class StreamDataLoader(ResumableDataLoader):
                 received = fetcher.next_batch(batches)
             except StopIteration:
                 break
+            self._cursor = self._cursor.after(received)
+            is_over = self._cursor.is_over
             if received.is_real:
-                self._cursor = self._cursor.after(received)
                 yield received.batch
         if self._iteration is iteration:
-            self._begin(StreamCursor.at_beginning(self._cursor.epoch + 1, len(self._cursor.num_samples)))
-
-    def _dataset_state(self, stream: int) -> Any:
-        """Return the state of a stream's dataset; None at the beginning of the epoch."""
-        state = self._cursor.dataset_states[stream]
-        if state is not None:
-            return pickle.loads(state)  # noqa: S301  # of our own worker
-        if self._cursor.num_samples[stream] == 0:
-            return None
-        dataset: Any = self.dataset  # it is iterated in this process
-        return pickle.loads(pickle.dumps(dataset.state_dict()))  # noqa: S301  # a copy: the dataset goes on
+            self._go_to(StreamCursor.at_beginning(self._cursor.epoch + 1, len(self._cursor.num_samples)))

@@ -1,16 +1,18 @@
 """What runs where an iterable-style dataset is iterated: in each worker, or in the main process."""
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any, NamedTuple, Self
+from itertools import chain, islice
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from helios.core.rng import derive_bytes, rekey_host_rngs
 from helios.data._keyed import CollateFn, PositionKeys, draws_nothing, generators_of_the_loop
+
+T = TypeVar("T")
 
 
 class StreamBatch(NamedTuple):
@@ -20,14 +22,17 @@ class StreamBatch(NamedTuple):
         batch: the collated batch.
         stream: number of the stream.
         num_samples: samples of the epoch that the stream has yielded, this batch included.
-        dataset_state: the dataset's state, pickled; None where the dataset itself can be asked.
-        is_real: False for a placeholder of a stream whose turn in this round was before the resume.
+        dataset_state: the dataset's state, pickled.
+        is_last: the stream has no more batches.
+        is_real: False for a placeholder: of a stream whose turn in this round was before the resume, or that has
+            nothing at all.
     """
 
     batch: Any
     stream: int
     num_samples: int
     dataset_state: bytes | None
+    is_last: bool
     is_real: bool = True
 
 
@@ -39,26 +44,46 @@ class StreamCursor:
         epoch: the epoch, from 0.
         turn: the stream whose batch comes next.
         num_samples: of each stream, samples of the epoch that it has yielded.
-        dataset_states: of each stream, its dataset's state, pickled; None at the beginning of the epoch, and where
-            the dataset itself can be asked.
+        dataset_states: of each stream, its dataset's state, pickled; None at the beginning of the epoch.
+        has_ended: of each stream, whether it has no more batches.
     """
 
     epoch: int
     turn: int
     num_samples: tuple[int, ...]
     dataset_states: tuple[bytes | None, ...]
+    has_ended: tuple[bool, ...]
 
     @classmethod
     def at_beginning(cls, epoch: int, num_streams: int) -> Self:
         """Return the beginning of an epoch."""
-        return cls(epoch, 0, (0,) * num_streams, (None,) * num_streams)
+        return cls(epoch, 0, (0,) * num_streams, (None,) * num_streams, (False,) * num_streams)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all streams have ended."""
+        return all(self.has_ended)
 
     def after(self, batch: StreamBatch) -> Self:
         """Return where the streams stand once the loop has received a batch."""
-        num_samples, states = list(self.num_samples), list(self.dataset_states)
-        num_samples[batch.stream], states[batch.stream] = batch.num_samples, batch.dataset_state
-        turn = (batch.stream + 1) % len(num_samples)
-        return replace(self, turn=turn, num_samples=tuple(num_samples), dataset_states=tuple(states))
+        stream = batch.stream
+        ended = replace(self, has_ended=_with(self.has_ended, stream, batch.is_last))
+        if not batch.is_real:
+            return ended
+        return replace(
+            ended,
+            turn=(stream + 1) % len(self.num_samples),
+            num_samples=_with(self.num_samples, stream, batch.num_samples),
+            dataset_states=_with(self.dataset_states, stream, batch.dataset_state),
+        )
+
+    def settled(self) -> Self:
+        """Return the beginning of the next epoch if this one is over; else the same."""
+        return self.at_beginning(self.epoch + 1, len(self.num_samples)) if self.is_over else self
+
+
+def _with(values: tuple[T, ...], place: int, value: T) -> tuple[T, ...]:
+    return (*values[:place], value, *values[place + 1 :])
 
 
 class StreamDataset(IterableDataset[StreamBatch]):
@@ -104,20 +129,62 @@ class StreamDataset(IterableDataset[StreamBatch]):
         start, self._start = self._start, None  # used once, also by a worker that persists
         num_samples, state = 0, None
         if start is not None and start.epoch == epoch:
+            if start.has_ended[stream]:
+                return
             num_samples, state = start.num_samples[stream], start.dataset_states[stream]
             if stream < start.turn:
-                yield StreamBatch(None, stream, num_samples, None, is_real=False)
-        self._set_dataset(epoch, state)
-        with generators_of_the_loop():
-            samples = iter(self.dataset)
-        while batch := self._draw(samples, epoch, stream, num_samples):
+                yield StreamBatch(None, stream, num_samples, None, is_last=False, is_real=False)
+        draw = self._begin(epoch, stream, state)
+        batch = draw(num_samples, self._batch_size)
+        if not self._is_batch(batch):
+            yield StreamBatch(None, stream, num_samples, None, is_last=True, is_real=False)
+        while self._is_batch(batch):
             num_samples += len(batch)
-            if len(batch) < self._batch_size and self._drop_last:
-                return
+            after = pickle.dumps(self.dataset.state_dict())
             collated = self._collate(batch, epoch, stream, num_samples)
-            # Without workers the dataset stands where the loop does, and is asked when it is needed.
-            after = None if info is None else pickle.dumps(self.dataset.state_dict())
-            yield StreamBatch(collated, stream, num_samples, after)
+            # A look ahead, so that the end of the epoch is known with its last batch. Its error waits for its turn.
+            ahead, error = [], None
+            try:
+                ahead = draw(num_samples, self._batch_size if self._drop_last else 1)
+            except Exception as caught:
+                error = caught
+            is_last = error is None and not self._is_batch(ahead)
+            yield StreamBatch(collated, stream, num_samples, after, is_last)
+            if error is not None:
+                raise error
+            num_missing = self._batch_size - len(ahead) if ahead else 0
+            batch = ahead + draw(num_samples + len(ahead), num_missing)
+
+    def _is_batch(self, samples: list[Any]) -> bool:
+        return len(samples) == self._batch_size or (len(samples) > 0 and not self._drop_last)
+
+    def _begin(self, epoch: int, stream: int, state: bytes | None) -> Callable[[int, int], list[Any]]:
+        """Begin to iterate the dataset: return a function that draws the samples from a position on.
+
+        It returns as many as it is asked for; fewer, or none, at the end of the stream.
+        """
+        with generators_of_the_loop():
+            if self._seed is not None:  # what __iter__ draws at once is the same after a resume
+                rekey_host_rngs(derive_bytes(self._seed, "stream start", epoch, stream))
+            self._set_dataset(epoch, state)
+            # Once it has ended it stays so: some iterators begin again if they are asked once more.
+            samples = chain(iter(self.dataset))
+        if self._seed is None:
+            return lambda position, count: list(islice(samples, count))
+        keys = PositionKeys(self._seed, "stream", epoch, stream)
+
+        def draw(position: int, count: int) -> list[Any]:
+            drawn: list[Any] = []
+            with generators_of_the_loop():
+                for number in range(position, position + count):
+                    keys.rekey(number)
+                    try:
+                        drawn.append(next(samples))
+                    except StopIteration:
+                        break
+            return drawn
+
+        return draw
 
     def _set_dataset(self, epoch: int, state: bytes | None) -> None:
         set_epoch = getattr(self.dataset, "set_epoch", None)
@@ -127,21 +194,6 @@ class StreamDataset(IterableDataset[StreamBatch]):
             set_epoch(epoch)
         if state is not None:
             self.dataset.load_state_dict(pickle.loads(state))  # noqa: S301  # of this run
-
-    def _draw(self, samples: Iterator[Any], epoch: int, stream: int, position: int) -> list[Any]:
-        """Return the samples of the next batch; fewer, or none, at the end of the stream."""
-        if self._seed is None:
-            return list(islice(samples, self._batch_size))
-        batch: list[Any] = []
-        with generators_of_the_loop():
-            keys = PositionKeys(self._seed, "stream", epoch, stream)
-            for number in range(position, position + self._batch_size):
-                keys.rekey(number)
-                try:
-                    batch.append(next(samples))
-                except StopIteration:
-                    break
-        return batch
 
     def _collate(self, batch: list[Any], epoch: int, stream: int, num_samples: int) -> Any:
         if self._seed is None or draws_nothing(self._collate_fn):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from helios.data._checks import check_positions
 from helios.data._permutation import Indices
 
 IndicesAt = Callable[[Indices], Indices]
@@ -67,16 +68,18 @@ def check_length(order: Order, expected: int, num_dataset_samples: int) -> None:
         )
 
 
-def in_windows(window: int, indices_of: Callable[[int], Indices]) -> IndicesAt:
+def in_windows(num_samples: int, window: int, indices_of: Callable[[int], Indices]) -> IndicesAt:
     """Return a function of positions for an order that is computed window by window.
 
     Args:
+        num_samples: positions in the epoch.
         window: positions in a window; window w begins at position w * window.
         indices_of: returns the indices of a window.
     """
     last: list[tuple[int, Indices]] = []  # a sampler asks for neighbours: the last window is often the next
 
     def indices_at(positions: Indices) -> Indices:
+        check_positions(positions, num_samples)
         out = np.empty(len(positions), dtype=np.int64)
         windows = positions // window
         for number in np.unique(windows).tolist():

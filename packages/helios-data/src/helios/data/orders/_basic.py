@@ -1,6 +1,6 @@
 """The two orders of every day."""
 
-from helios.data._checks import check_int
+from helios.data._checks import check_int, check_positions
 from helios.data._permutation import ALGORITHM, MAX_NUM_SAMPLES, Indices, Permutation
 from helios.data.orders._base import IndicesAt, Order
 
@@ -44,7 +44,12 @@ class SequentialOrder(Order):
 
     def of_epoch(self, seed: int, epoch: int) -> IndicesAt:
         """Return the identity; see `Order.of_epoch`."""
-        return _identity
+
+        def indices_at(positions: Indices) -> Indices:
+            check_positions(positions, self.num_samples)
+            return positions
+
+        return indices_at
 
 
 def check_num_positions(name: str, value: int) -> int:
@@ -53,7 +58,3 @@ def check_num_positions(name: str, value: int) -> int:
     if number > MAX_NUM_SAMPLES:
         raise ValueError(f"{name} must be 1 to 2**62, found {number}")
     return number
-
-
-def _identity(positions: Indices) -> Indices:
-    return positions

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from helios.data._checks import check_int
+from helios.data._checks import as_array, check_int
 from helios.data._hashing import PositionHash
 from helios.data._permutation import Indices, Permutation
 from helios.data.orders._base import IndicesAt, Order, in_windows
@@ -37,11 +37,12 @@ class BucketedOrder(Order):
         self, lengths: Sequence[float] | npt.NDArray[Any], batch_size: int, window_batches: int = 50
     ) -> None:
         self._lengths = _checked_lengths(lengths)
-        self._batch_size = check_int("batch_size", batch_size, 1)
-        self._window_batches = check_int("window_batches", window_batches, 1)
         self.num_samples = len(self._lengths)
-        self.window = min(self._batch_size * self._window_batches, self.num_samples)
-        self._digest = short_digest(np.array([self._batch_size, self._window_batches]), self._lengths)
+        # More than there is makes no difference, to the order or to the digest.
+        self._batch_size = min(check_int("batch_size", batch_size, 1), self.num_samples)
+        window = self._batch_size * check_int("window_batches", window_batches, 1)
+        self.window = min(window, self.num_samples)
+        self._digest = short_digest(np.array([self._batch_size, self.window]), self._lengths)
 
     def of_epoch(self, seed: int, epoch: int) -> IndicesAt:
         """Return the function of this epoch; see `Order.of_epoch`."""
@@ -57,7 +58,7 @@ class BucketedOrder(Order):
             )
             return indices[places]
 
-        return in_windows(self.window, indices_of)
+        return in_windows(self.num_samples, self.window, indices_of)
 
     def digest(self) -> str:
         """Return a digest of the lengths and the sizes."""
@@ -71,7 +72,7 @@ def _batches(by_length: Indices, batch_size: int, words: npt.NDArray[np.uint64])
     the ones that drop_last drops.
     """
     num_full, num_rest = divmod(len(by_length), batch_size)
-    cut = int(words[-1] % np.uint64(num_full + 1)) * batch_size
+    cut = int(words[-1] % np.uint64(num_full * batch_size + 1))
     rest = by_length[cut : cut + num_rest]
     full = np.concatenate([by_length[:cut], by_length[cut + num_rest :]]).reshape(num_full, batch_size)
     # The window's own order is random: in each batch it is taken up again.
@@ -80,7 +81,7 @@ def _batches(by_length: Indices, batch_size: int, words: npt.NDArray[np.uint64])
 
 
 def _checked_lengths(lengths: Any) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = np.asanyarray(lengths)  # a memmap stays one
+    array: npt.NDArray[Any] = as_array("lengths", lengths)  # a memmap stays one
     if array.dtype.kind not in "iuf" or array.ndim != 1:
         raise TypeError(f"lengths must be a 1-d array of numbers, found {array.dtype}, shape {array.shape}")
     if array.size == 0:

@@ -1,6 +1,7 @@
 """Several datasets, mixed with weights."""
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,8 @@ class MixtureOrder(Order):
         num_samples: int | None = None,
         block_size: int = 1024,
     ) -> None:
+        if not hasattr(sizes, "__len__"):
+            raise TypeError(f"sizes must be a sequence of ints, found {type(sizes).__name__} {sizes!r}")
         self._sizes = [check_num_positions(f"sizes[{i}]", size) for i, size in enumerate(sizes)]
         self._num_dataset_samples = check_num_positions("the sum of sizes", sum(self._sizes))
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)]).astype(np.int64)
@@ -53,10 +56,14 @@ class MixtureOrder(Order):
             "num_samples", self._num_dataset_samples if num_samples is None else num_samples
         )
         self.window = min(check_int("block_size", block_size, 1), self.num_samples)
-        self._weights = weights
+        # A copy: an order does not change when the user's array does.
+        self._weights = weights if callable(weights) else checked_weights("weights", weights)
         quotas = self._quotas_of(0, self.window)  # says what is wrong with the weights
+        last_quotas = self._quotas_of(0, self.num_samples % self.window)
         numbers = np.array([*self._sizes, self.window])
-        self._digest = short_digest(numbers) if callable(weights) else short_digest(numbers, quotas)
+        self._digest = (
+            short_digest(numbers) if callable(weights) else short_digest(numbers, quotas, last_quotas)
+        )
 
     def of_epoch(self, seed: int, epoch: int) -> IndicesAt:
         """Return the function of this epoch; see `Order.of_epoch`."""
@@ -68,15 +75,16 @@ class MixtureOrder(Order):
 
         def indices_of(block: int) -> Indices:
             quotas = full_quotas if block < num_full else last_quotas
-            drawn = drawn_before + block * full_quotas
             in_turn = [
-                self._draw(number, seeds[number], int(drawn[number]), int(quota))
+                self._draw(
+                    number, seeds[number], drawn_before[number] + block * int(full_quotas[number]), int(quota)
+                )
                 for number, quota in enumerate(quotas)
             ]
             positions = np.arange(int(quotas.sum()), dtype=np.int64) + block * self.window
             return np.concatenate(in_turn)[np.argsort(shuffle.words(positions), kind="stable")]
 
-        return in_windows(self.window, indices_of)
+        return in_windows(self.num_samples, self.window, indices_of)
 
     def digest(self) -> str:
         """Return a digest of sizes, block size and weights; a function of the epoch has none."""
@@ -97,16 +105,19 @@ class MixtureOrder(Order):
         indices: Indices = np.concatenate([self._starts[:0], *drawn]) + self._starts[number]
         return indices
 
-    def _drawn_before(self, epoch: int) -> Indices:
+    def _drawn_before(self, epoch: int) -> list[int]:
         """Return how much of each dataset the epochs before this one took."""
         num_full, num_rest = divmod(self.num_samples, self.window)
 
-        def drawn_in(epoch: int) -> Indices:
-            return num_full * self._quotas_of(epoch, self.window) + self._quotas_of(epoch, num_rest)
+        def drawn_in(epoch: int) -> list[int]:
+            drawn = num_full * self._quotas_of(epoch, self.window) + self._quotas_of(epoch, num_rest)
+            return [int(count) for count in drawn]  # ints that do not overflow after many epochs
 
         if not callable(self._weights):
-            return epoch * drawn_in(0)
-        return sum((drawn_in(each) for each in range(epoch)), np.zeros(len(self._sizes), dtype=np.int64))
+            return [epoch * count for count in drawn_in(0)]
+        return [
+            sum(counts) for counts in zip([0] * len(self._sizes), *map(drawn_in, range(epoch)), strict=True)
+        ]
 
     def _quotas_of(self, epoch: int, num_positions: int) -> Indices:
         """Return how many of so many positions each dataset gets, by the largest remainder."""
@@ -117,15 +128,18 @@ class MixtureOrder(Order):
             raise ValueError(
                 f"{name} must be one for each of {len(self._sizes)} datasets, found {len(values)}"
             )
-        shares = values / values.sum() * num_positions
-        quotas: Indices = np.floor(shares).astype(np.int64)
-        by_remainder = np.argsort(quotas - shares, kind="stable")
+        # Fractions: rounded, a sum may overflow, and equal remainders are ordered by how a platform adds.
+        parts = [Fraction(value) for value in values.tolist()]
+        total = sum(parts)
+        shares = [num_positions * part / total for part in parts]
+        quotas: Indices = np.array([int(share) for share in shares], dtype=np.int64)
+        by_remainder = sorted(range(len(shares)), key=lambda i: int(shares[i]) - shares[i])
         quotas[by_remainder[: num_positions - int(quotas.sum())]] += 1
         is_lost = (quotas == 0) & (values > 0) & (num_positions == self.window)
         if is_lost.any():
             lost = int(np.argmax(is_lost))
             raise ValueError(
                 f"{name}[{lost}] = {values[lost]} is too small: a block of {num_positions} positions takes no "
-                f"sample of that dataset. Raise block_size, or set the weight to 0"
+                f"sample of that dataset. Raise block_size or num_samples, or set the weight to 0"
             )
         return quotas

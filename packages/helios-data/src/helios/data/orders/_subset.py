@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from helios.data._checks import as_array
 from helios.data._permutation import Indices
 from helios.data.orders._base import IndicesAt, Order
 from helios.data.orders._basic import RandomOrder
@@ -60,7 +61,7 @@ class SubsetOrder(Order):
 
 
 def _checked_indices(indices: Any) -> Indices:
-    array = np.asarray(indices)
+    array = as_array("indices", indices)
     if array.size == 0:
         raise ValueError("indices is empty: there is nothing to sample")
     if array.dtype.kind not in "iu" or array.ndim != 1:

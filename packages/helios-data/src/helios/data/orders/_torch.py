@@ -2,7 +2,7 @@
 
 import torch
 
-from helios.data._checks import check_bool
+from helios.data._checks import check_bool, check_positions
 from helios.data._permutation import Indices
 from helios.data.orders._base import IndicesAt, Order
 from helios.data.orders._basic import check_num_positions
@@ -32,9 +32,14 @@ class TorchOrder(Order):
 
     def of_epoch(self, seed: int, epoch: int) -> IndicesAt:
         """Return a lookup in the list of this epoch; see `Order.of_epoch`."""
+        if seed + epoch >= 2**64:
+            raise ValueError(
+                f"seed + epoch must be less than 2**64, as torch takes it, found {seed} + {epoch}"
+            )
         order: list[Indices] = []  # made when it is first asked for: a sampler may only be passing by
 
         def indices_at(positions: Indices) -> Indices:
+            check_positions(positions, self.num_samples)
             if not self.shuffle:
                 return positions
             if not order:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from helios.data._checks import as_array, check_positions
 from helios.data._hashing import PositionHash
 from helios.data._permutation import Indices
 from helios.data.orders._base import IndicesAt, Order, check_length
@@ -35,9 +36,7 @@ class WeightedOrder(Order):
 
     def __init__(self, weights: Sequence[float] | npt.NDArray[Any], num_samples: int | None = None) -> None:
         checked = checked_weights("weights", weights)
-        self._cumulative = np.cumsum(checked)
-        if not np.isfinite(self._cumulative[-1]):
-            raise ValueError(f"weights must have a finite sum, found {self._cumulative[-1]}")
+        self._cumulative = np.cumsum(scaled(checked))
         # What rounds up to the total belongs to the last sample that has a weight.
         self._last = int(np.flatnonzero(checked)[-1])
         self._num_weights = len(checked)
@@ -51,6 +50,7 @@ class WeightedOrder(Order):
         draws = PositionHash(seed, self.algorithm, epoch)
 
         def indices_at(positions: Indices) -> Indices:
+            check_positions(positions, self.num_samples)
             targets = draws.uniforms(positions) * self._cumulative[-1]
             found = np.searchsorted(self._cumulative, targets, side="right")
             indices: Indices = np.minimum(found, self._last).astype(np.int64)
@@ -69,7 +69,7 @@ class WeightedOrder(Order):
 
 def checked_weights(name: str, weights: Any) -> npt.NDArray[np.float64]:
     """Return weights as float64, shape (n,), n > 0, finite, 0 or more, not all 0."""
-    array = np.asarray(weights)
+    array = as_array(name, weights)
     if array.dtype.kind not in "iuf" or array.ndim != 1:
         raise TypeError(f"{name} must be a 1-d array of numbers, found {array.dtype}, shape {array.shape}")
     if array.size == 0:
@@ -82,6 +82,13 @@ def checked_weights(name: str, weights: Any) -> npt.NDArray[np.float64]:
     if not values.any():
         raise ValueError(f"{name} must not all be 0: nothing could be drawn")
     return values
+
+
+def scaled(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return weights divided by a power of 2: the same shares, and a sum that neither overflows nor is tiny."""
+    _, exponent = np.frexp(weights.max())
+    relative: npt.NDArray[np.float64] = np.ldexp(weights, -exponent)
+    return relative
 
 
 def short_digest(*arrays: npt.NDArray[Any]) -> str:
