@@ -126,7 +126,8 @@ def create_dataloader(
     }
     if isinstance(dataset, IterableDataset):
         _check_stream(dataset, params)
-        return StreamDataLoader(dataset, is_keyed=sample_rng == "sample", **options)
+        is_keyed = sample_rng == "sample"
+        return StreamDataLoader(dataset, is_distributed=is_distributed, is_keyed=is_keyed, **options)
     sampler = _sampler_for(dataset, params)
     return ResumableDataLoader(dataset, sampler, fetching=_FETCHING[sample_rng], **options)
 

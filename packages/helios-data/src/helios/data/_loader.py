@@ -137,11 +137,14 @@ class ResumableDataLoader(DataLoader[Any]):
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return
-        if (num_ranks := distributed.get_world_size()) > 1 and self.sampler.sharding.num_replicas == 1:
+        if (num_ranks := distributed.get_world_size()) > 1 and not self._is_for_all_ranks():
             raise RuntimeError(
                 f"each of the {num_ranks} ranks would take all samples: make the loader with is_distributed=True, "
                 f"after the Accelerator, which begins the process group"
             )
+
+    def _is_for_all_ranks(self) -> bool:
+        return self.sampler.sharding.num_replicas > 1
 
     @property
     def epoch(self) -> int:

@@ -319,7 +319,7 @@ class ResumableDistributedSampler(ResumableSampler, torch.utils.data.Distributed
         num_samples = check_num_samples("dataset", dataset)
         super().__init__(dataset, seed, order=choose_order(order, num_samples, shuffle))
         replicas = check_int("num_replicas", _from_group("num_replicas", num_replicas), 1)
-        rank = check_int("rank", _from_group("rank", rank), 0)
+        rank = rank_or_group_rank(rank)
         if rank >= replicas:
             raise ValueError(f"rank must be in range(num_replicas) = range({replicas}), found {rank}")
         by_default = Tail.DROP if check_bool("drop_last", drop_last) else Tail.PAD
@@ -354,6 +354,11 @@ def check_tail(tail: Tail | str) -> Tail:
     except ValueError:
         names = ", ".join(repr(t.value) for t in Tail)
         raise ValueError(f"tail must be one of {names}, found {tail!r}") from None
+
+
+def rank_or_group_rank(rank: int | None) -> int:
+    """Return this rank, asked of torch.distributed if it is None; RuntimeError if there is no process group."""
+    return check_int("rank", _from_group("rank", rank), 0)
 
 
 def _from_group(name: str, value: int | None) -> int:

@@ -119,6 +119,11 @@ def check_stream_state(state: object, expected: StreamLoaderState) -> StreamLoad
             )
     for each in checked["num_samples"]:
         _check_count("num_samples", each)
+    if any(
+        n and state is None
+        for n, state in zip(checked["num_samples"], checked["dataset_states"], strict=True)
+    ):
+        raise LoaderStateError("dataset_states: the state has None for a stream that is under way")
     for each in checked["has_ended"]:
         if not isinstance(each, bool):
             raise LoaderStateError(f"has_ended must be True or False of each stream, the state has {each!r}")

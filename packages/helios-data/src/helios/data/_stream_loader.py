@@ -10,6 +10,7 @@ from helios.core.rng import derive_seed
 from helios.data._checks import check_int
 from helios.data._loader import ResumableDataLoader
 from helios.data._machinery import Fetcher, torch_options
+from helios.data._samplers import rank_or_group_rank
 from helios.data._state import FORMAT_VERSION, StreamLoaderState, check_stream_state
 from helios.data._streams import StreamBatch, StreamCursor, StreamDataset
 
@@ -26,7 +27,7 @@ class StreamDataLoader(ResumableDataLoader):
     states. It continues with any batch size and prefetch depth, and with as many workers (0 and 1 are the same).
 
     Every epoch begins with the state that the dataset had when the loader was made; if the dataset has `set_epoch`, it
-    is called with the epoch. Randomness is re-keyed before each sample by (seed, epoch, stream, samples before).
+    is called with the epoch. Randomness is re-keyed before each sample by (seed, epoch, rank, stream, samples before).
     What a dataset draws before its first sample must be part of its state, which is asked for after every batch. The
     dataset is one sample ahead of the loop (with drop_last, one batch), so that an epoch is known to end with its last
     batch.
@@ -36,6 +37,7 @@ class StreamDataLoader(ResumableDataLoader):
         batch_size: samples in a batch.
         drop_last: leave out the last batch of each stream if it is smaller.
         seed: seed of the randomness in samples and collation.
+        is_distributed: the dataset divides its samples among the ranks of torch.distributed.
         is_keyed: re-key the generators before each sample; else each worker is seeded once.
         fingerprint: identifies the dataset; kept in the state and compared when it is loaded.
         collate_fn: merges samples into a batch; None is torch's `default_collate`.
@@ -46,6 +48,7 @@ class StreamDataLoader(ResumableDataLoader):
     Raises:
         TypeError: the batch size is not an int.
         ValueError: it is less than 1.
+        RuntimeError: `is_distributed` without a process group.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class StreamDataLoader(ResumableDataLoader):
         batch_size: int,
         drop_last: bool,
         seed: int,
+        is_distributed: bool,
         is_keyed: bool,
         fingerprint: str | None,
         collate_fn: Callable[[list[Any]], Any] | None,
@@ -73,6 +77,8 @@ class StreamDataLoader(ResumableDataLoader):
             **self._options,
         )
         self._seed = seed
+        self._rank = rank_or_group_rank(None) if is_distributed else 0
+        self._is_distributed = is_distributed
         self._is_keyed = is_keyed
         self._fingerprint = fingerprint
         self._initial_state = pickle.dumps(dataset.state_dict())
@@ -84,8 +90,8 @@ class StreamDataLoader(ResumableDataLoader):
         self._is_resumed = is_resumed  # the next iteration goes on here, instead of beginning the epoch
         self._iteration: object = None  # the current one; others are refused
 
-    def _check_ranks(self) -> None:
-        """Nothing to check: the dataset divides its samples among the ranks itself."""
+    def _is_for_all_ranks(self) -> bool:
+        return self._is_distributed
 
     @property
     def epoch(self) -> int:
@@ -176,6 +182,7 @@ class StreamDataLoader(ResumableDataLoader):
                 self.batch_size,
                 self.drop_last,
                 seed,
+                self._rank,
                 self._initial_state,
                 self._cursor,
             )
@@ -184,7 +191,9 @@ class StreamDataLoader(ResumableDataLoader):
         self._go_to(self._cursor)
         self._iteration = object()
         # Only for sample_rng="worker": other random numbers in every epoch, and after a resume.
-        base_seed = derive_seed(self._seed, "worker", self._cursor.epoch, *self._cursor.num_samples)
+        base_seed = derive_seed(
+            self._seed, "worker", self._cursor.epoch, self._rank, *self._cursor.num_samples
+        )
         return self._receive_streams(self._fetcher, self._fetcher.begin(base_seed), self._iteration)
 
     def _receive_streams(
@@ -192,19 +201,23 @@ class StreamDataLoader(ResumableDataLoader):
     ) -> Iterator[Any]:
         """Hand over the batches, counting each when the loop gets it."""
         is_over = False
-        while not is_over or self._iteration is iteration:
-            if self._iteration is not iteration:
-                raise RuntimeError(
-                    "this iteration cannot go on: another one was begun on the same loader, or its epoch or state was "
-                    "set. Begin a new iteration, or make a second loader"
-                )
-            try:
-                received = fetcher.next_batch(batches)
-            except StopIteration:
-                break
-            self._cursor = self._cursor.after(received)
-            is_over = self._cursor.is_over
-            if received.is_real:
-                yield received.batch
+        try:
+            while not is_over or self._iteration is iteration:
+                if self._iteration is not iteration:
+                    raise RuntimeError(
+                        "this iteration cannot go on: another one was begun on the same loader, or its epoch or state "
+                        "was set. Begin a new iteration, or make a second loader"
+                    )
+                try:
+                    received = fetcher.next_batch(batches)
+                except StopIteration:
+                    break
+                self._cursor = self._cursor.after(received)
+                is_over = self._cursor.is_over
+                if received.is_real:
+                    yield received.batch
+        finally:  # also when it is broken off
+            if self._iteration is iteration and not self.num_workers:
+                self._streams.put_back()
         if self._iteration is iteration:
             self._go_to(StreamCursor.at_beginning(self._cursor.epoch + 1, len(self._cursor.num_samples)))

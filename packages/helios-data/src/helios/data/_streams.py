@@ -95,6 +95,7 @@ class StreamDataset(IterableDataset[StreamBatch]):
         batch_size: samples in a batch.
         drop_last: leave out the last batch if it is smaller.
         seed: seed of the randomness; None leaves the generators alone.
+        rank: this rank, which has randomness of its own.
         initial_state: the dataset's state at the beginning of every epoch, pickled.
         start: where to begin; holds for the epoch it names, once. Other epochs begin at their beginning.
 
@@ -109,6 +110,7 @@ class StreamDataset(IterableDataset[StreamBatch]):
         batch_size: int,
         drop_last: bool,
         seed: int | None,
+        rank: int,
         initial_state: bytes,
         start: StreamCursor,
     ) -> None:
@@ -119,6 +121,7 @@ class StreamDataset(IterableDataset[StreamBatch]):
         self._batch_size = batch_size
         self._drop_last = drop_last
         self._seed = seed
+        self._rank = rank
         self._initial_state = initial_state
         self._start: StreamCursor | None = start
 
@@ -155,6 +158,11 @@ class StreamDataset(IterableDataset[StreamBatch]):
             num_missing = self._batch_size - len(ahead) if ahead else 0
             batch = ahead + draw(num_samples + len(ahead), num_missing)
 
+    def put_back(self) -> None:
+        """Put the dataset back to where it was given to us: where there are no workers, it is the user's own."""
+        with generators_of_the_loop():
+            self.dataset.load_state_dict(pickle.loads(self._initial_state))  # noqa: S301  # of this run
+
     def _is_batch(self, samples: list[Any]) -> bool:
         return len(samples) == self._batch_size or (len(samples) > 0 and not self._drop_last)
 
@@ -165,13 +173,13 @@ class StreamDataset(IterableDataset[StreamBatch]):
         """
         with generators_of_the_loop():
             if self._seed is not None:  # what __iter__ draws at once is the same after a resume
-                rekey_host_rngs(derive_bytes(self._seed, "stream start", epoch, stream))
+                rekey_host_rngs(derive_bytes(self._seed, "stream start", epoch, self._rank, stream))
             self._set_dataset(epoch, state)
             # Once it has ended it stays so: some iterators begin again if they are asked once more.
             samples = chain(iter(self.dataset))
         if self._seed is None:
             return lambda position, count: list(islice(samples, count))
-        keys = PositionKeys(self._seed, "stream", epoch, stream)
+        keys = PositionKeys(self._seed, "stream", epoch, self._rank, stream)
 
         def draw(position: int, count: int) -> list[Any]:
             drawn: list[Any] = []
@@ -199,5 +207,7 @@ class StreamDataset(IterableDataset[StreamBatch]):
         if self._seed is None or draws_nothing(self._collate_fn):
             return self._collate_fn(batch)
         with generators_of_the_loop():
-            rekey_host_rngs(derive_bytes(self._seed, "stream collate", epoch, stream, num_samples))
+            rekey_host_rngs(
+                derive_bytes(self._seed, "stream collate", epoch, self._rank, stream, num_samples)
+            )
             return self._collate_fn(batch)
