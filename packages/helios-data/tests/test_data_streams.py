@@ -571,7 +571,11 @@ def test_a_loader_that_is_let_go_goes_at_once(options):
     """Also after an error. No cycle holds it: torch waits for workers that the garbage collector ends."""
     gc.disable()
     try:
-        for dataset in (Lines(), Lines(bad=9)):
+        for dataset in (
+            Lines(),
+            Lines(bad=8),
+            Lines(bad=9),
+        ):  # the first of a batch, which is looked for ahead
             loader = make(dataset, **options)
             gone = weakref.ref(loader)
             batches = iter(loader)

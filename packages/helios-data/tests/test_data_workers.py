@@ -290,7 +290,7 @@ def test_an_error_that_cannot_be_made_again_is_told(tmp_path):
 AT_EXIT = """
 import sys
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 from helios.data import create_dataloader
 
 class Numbers(IterableDataset):
@@ -299,7 +299,7 @@ class Numbers(IterableDataset):
     def __iter__(self):
         while self.position < 100:
             self.position += 1
-            yield self.position, get_worker_info().id
+            yield self.position
 
     def state_dict(self):
         return self.position
@@ -309,9 +309,9 @@ class Numbers(IterableDataset):
 
 left = []
 for dataset in (range(100), Numbers()):
-    for persistent in (False, True):
+    for workers, persistent in ((0, False), (1, False), (1, True)):
         loader = create_dataloader(
-            dataset, num_workers=1, persistent_workers=persistent, multiprocessing_context="fork"
+            dataset, num_workers=workers, persistent_workers=persistent, multiprocessing_context="fork"
         )
         batches = iter(loader)
         next(batches)
