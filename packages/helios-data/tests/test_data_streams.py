@@ -700,6 +700,13 @@ def test_a_state_of_something_else_changes_nothing():
     assert same(resumed(before), whole()[2:])
 
 
+def test_the_state_of_another_rank_is_refused():
+    """As when rank 0 saved for all: its samples would be taken twice, and those of the others not at all."""
+    loader = make()
+    with pytest.raises(LoaderStateError, match=r"rank: the state has 1, here it is 0. Each rank's streams"):
+        loader.load_state_dict({**loader.state_dict(), "rank": 1})
+
+
 def test_a_stream_without_its_datasets_state_is_refused():
     """It would begin again, and none would notice."""
     loader = make()

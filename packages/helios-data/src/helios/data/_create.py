@@ -177,7 +177,7 @@ def _check_stream(dataset: Any, params: DataLoaderParams) -> None:
     if params.sample_rng == "batch":
         raise ValueError("sample_rng must be 'sample' or 'worker' for an IterableDataset, found 'batch'")
     for name in ("shuffle", "order", "tail", "sampler"):
-        if getattr(params, name):
+        if getattr(params, name) not in (None, False):
             raise ValueError(
                 f"{name} must not be given for an IterableDataset, whose order is its own, "
                 f"found {getattr(params, name)!r}"

@@ -1,5 +1,6 @@
 """A DataLoader that can say what the loop has received, and go on from there."""
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -114,8 +115,12 @@ class ResumableDataLoader(DataLoader[Any]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin the next iteration where the original stood when it was pickled or copied."""
         self.__dict__.update(state)
+        # A shallow copy has the original's, which belongs to that loader.
+        sampler = copy.deepcopy(self.sampler)
+        self.__dict__["sampler"] = sampler
         self._prepare_fetching()
-        self.sampler.restore(self.sampler.state_dict())
+        if sampler.start != sampler.consumed:  # else it begins there anyway
+            sampler.restore(sampler.state_dict())
 
     @property
     def _is_accelerate_prepared(self) -> bool:

@@ -1,5 +1,6 @@
 """torch's DataLoader, set up to fetch for ours: it sees whole batches as samples, and draws its own seeds."""
 
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -46,20 +47,8 @@ class Fetcher:
         self._has_workers = options["num_workers"] > 0
         # torch takes the base seed of its workers from the global generator if it has none of its own.
         self._base_seeds = torch.Generator()
+        self._options = options
         self._loader: DataLoader[Any] | None = None
-        if self._has_workers or options["pin_memory"]:
-            with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # what torch thinks of the options it said to the outer loader
-                self._loader = DataLoader(
-                    dataset,
-                    batch_size=None,
-                    sampler=sampler,
-                    collate_fn=pass_through,
-                    generator=self._base_seeds,
-                    **options,
-                )
 
     def begin(self, base_seed: int) -> Iterator[Any]:
         """Begin an iteration.
@@ -67,21 +56,52 @@ class Fetcher:
         Args:
             base_seed: torch seeds worker w with base_seed + w.
         """
-        if self._loader is not None:
+        if self._has_workers or self._options["pin_memory"]:
             self._base_seeds.manual_seed(base_seed)
-            return iter(self._loader)
+            if self._loader is None:
+                self._loader = self._make_loader()
+            try:
+                return iter(self._loader)
+            except BaseException:
+                self._loader = None
+                raise
         # In this process torch would only call the dataset, and take longer for it than for a small batch.
         return iter(self._dataset) if self._sampler is None else map(self._dataset.__getitem__, self._sampler)
+
+    def _make_loader(self) -> DataLoader[Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch thinks of the options it said to the outer loader
+            return DataLoader(
+                self._dataset,
+                batch_size=None,
+                sampler=self._sampler,
+                collate_fn=pass_through,
+                generator=self._base_seeds,
+                **self._options,
+            )
 
     def next_batch(self, batches: Iterator[Any]) -> Any:
         """Return the next batch of an iteration; StopIteration at its end, and any error of the dataset."""
         try:
             return next(batches)
-        except StopIteration:
-            raise
-        except Exception as error:
+        except BaseException as error:
             if self._has_workers:
                 # torch re-raises from a frame that holds the error: a cycle, and workers that the
                 # garbage collector ends are waited for ten seconds. The lines of the traceback stay.
                 traceback.clear_frames(error.__traceback__)
+            if not isinstance(error, StopIteration):
+                # A worker may be dead, or hang. One that persists would be asked for ever.
+                self._loader = None
+                if self._has_workers and _is_of_the_connection(error):
+                    # To a worker that died before all that it sent was read. The signal which says so comes a
+                    # moment later: torch's handler then raises here, and not in the middle of what the caller does.
+                    for _ in range(100):  # a signal that another thread receives does not wake this one
+                        time.sleep(0.01)
+                    raise RuntimeError("a DataLoader worker exited unexpectedly") from error
             raise
+
+
+def _is_of_the_connection(error: BaseException) -> bool:
+    """Say whether it is not of the dataset, whose errors torch raises anew in `ExceptionWrapper.reraise`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, (OSError, EOFError)) and frames[-1].name != "reraise"

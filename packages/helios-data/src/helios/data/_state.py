@@ -41,6 +41,7 @@ class StreamLoaderState(TypedDict):
         format: version of this dict.
         algorithm: "stream".
         seed: seed of the randomness in samples.
+        rank: the rank whose streams these are.
         epoch: epoch in progress, or to come if the last one ended; from 0.
         turn: the stream whose batch comes next.
         num_samples: of each stream, samples of that epoch that the training loop has received.
@@ -52,6 +53,7 @@ class StreamLoaderState(TypedDict):
     format: int
     algorithm: str
     seed: int
+    rank: int
     epoch: int
     turn: int
     num_samples: list[int]
@@ -105,7 +107,7 @@ def check_stream_state(state: object, expected: StreamLoaderState) -> StreamLoad
     Raises:
         LoaderStateError: as `check_state`; or the state has another number of streams.
     """
-    checked = _checked(state, expected, ("format", "algorithm", "seed", "fingerprint"))
+    checked = _checked(state, expected, ("format", "algorithm", "seed", "rank", "fingerprint"))
     _check_count("epoch", checked["epoch"])
     _check_count("turn", checked["turn"])
     num_streams = len(expected["num_samples"])
@@ -157,6 +159,7 @@ _MUST_AGREE = {
     "format": "It was written by another release of helios-data.",
     "algorithm": "Use the sampler, and the release, that the run began with.",
     "seed": "Use the seed that the run began with.",
+    "rank": "Each rank's streams are its own: keep the state of every rank.",
     "order_seed": "Use the seed that the run's sampler began with.",
     "num_samples": "It belongs to another dataset, or the dataset changed.",
     "order_digest": "Use the weights, lengths or indices that the run began with.",

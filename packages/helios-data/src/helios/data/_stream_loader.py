@@ -24,7 +24,7 @@ class StreamDataLoader(ResumableDataLoader):
     divides its samples among workers and ranks itself (`get_worker_info()`), as with torch's DataLoader, and the
     batches come from the workers in turn. With every batch a worker sends its dataset's state, so that the loader's
     state is that of the batches which the loop has received. Each rank has its own, of the size of the datasets'
-    states. It continues with any batch size and prefetch depth, and with as many workers (0 and 1 are the same).
+    states. It continues with any batch size and prefetch depth, and with as many workers (0 and 1 are one stream both).
 
     Every epoch begins with the state that the dataset had when the loader was made; if the dataset has `set_epoch`, it
     is called with the epoch. Randomness is re-keyed before each sample by (seed, epoch, rank, stream, samples before).
@@ -127,6 +127,7 @@ class StreamDataLoader(ResumableDataLoader):
             "format": FORMAT_VERSION,
             "algorithm": ALGORITHM,
             "seed": self._seed,
+            "rank": self._rank,
             "epoch": cursor.epoch,
             "turn": cursor.turn,
             "num_samples": list(cursor.num_samples),

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, NamedTuple, Self, TypeVar
@@ -154,7 +155,10 @@ class StreamDataset(IterableDataset[StreamBatch]):
             is_last = error is None and not self._is_batch(ahead)
             yield StreamBatch(collated, stream, num_samples, after, is_last)
             if error is not None:
-                raise error
+                try:
+                    raise error
+                finally:
+                    del error  # which holds this frame: a cycle
             num_missing = self._batch_size - len(ahead) if ahead else 0
             batch = ahead + draw(num_samples + len(ahead), num_missing)
 
@@ -171,7 +175,8 @@ class StreamDataset(IterableDataset[StreamBatch]):
 
         It returns as many as it is asked for; fewer, or none, at the end of the stream.
         """
-        with generators_of_the_loop():
+        # Without keys, and without workers, the dataset draws from the generators of the loop.
+        with nullcontext() if self._seed is None else generators_of_the_loop():
             if self._seed is not None:  # what __iter__ draws at once is the same after a resume
                 rekey_host_rngs(derive_bytes(self._seed, "stream start", epoch, self._rank, stream))
             self._set_dataset(epoch, state)
