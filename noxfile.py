@@ -119,9 +119,10 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def statistics(session: nox.Session) -> None:
-    """Slow: is the shuffle as good as a random one? With shuffles beside it that must be found out."""
+    """Slow, about 5 minutes: is the shuffle as good as a random one? Beside it, shuffles that must be found out."""
     install_packages(session, "pytest")
-    session.run("pytest", "-s", "tests/statistics/permutation.py", *session.posargs)
+    tests = ["tests/statistics/test_scores.py", "tests/statistics/permutation.py"]
+    session.run("pytest", "-s", *tests, *session.posargs)
 
 
 @nox.session
