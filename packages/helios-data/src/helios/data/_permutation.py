@@ -4,8 +4,9 @@ Above 4096 samples it is a generalised Feistel network over two digits of mixed 
 (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002), with 12 rounds of a 64-bit
 multiply / xor-shift mix. Below, such a network is measurably not uniform, and the permutation is the
 argsort of hashed keys. What is left of that above: where both radices are odd (a quarter of all sizes), the
-permutation of every epoch is an even one, which takes all but two of its indices to see. Only integer arithmetic that wraps and hashlib are used, so that the order is the
-same on every platform and with every release of NumPy; `ALGORITHM` names it and the tests freeze it.
+permutation of every epoch is an even one, which takes all but two of its indices to see. Only integer
+arithmetic that wraps and hashlib are used, so that the order is the same on every platform and with every
+release of NumPy; `ALGORITHM` names it and the tests freeze it.
 """
 
 import hashlib
