@@ -370,6 +370,18 @@ def test_set_epoch_in_and_after_the_last_batch(whole):
     assert same(found, whole)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_is_not_used_up_before_the_first_batch(whole, workers):
+    """An iteration may be begun and dropped, as libraries do that look at a loader."""
+    state = stop_after(make_noisy(), 3)[1]
+    loader = make_noisy(workers)
+    loader.load_state_dict(state)
+    iter(loader)
+    assert same(epochs(loader, 3), whole[3:])
+    loader.set_epoch(0)
+    assert same([next(iter(loader))], whole[:1])  # the control: what was received is used up
+
+
 def test_a_resumed_loop_may_set_every_epoch(whole):
     _, state = stop_after(make_noisy(), 9)
     loader, found = make_noisy(), []

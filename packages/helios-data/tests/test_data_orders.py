@@ -669,3 +669,23 @@ def test_weights_of_a_later_epoch_are_refused_by_its_number():
     whole(order, 0, 1)
     with pytest.raises(ValueError, match=r"weights\(2\) must be one for each of 2 datasets, found 1"):
         whole(order, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        (lambda positions: positions.tolist(), "'list', None"),
+        (lambda positions: positions[:-1], r"dtype\('int64'\), \(4,\)"),
+        (lambda positions: positions / 2, r"dtype\('float64'\), \(5,\)"),
+    ],
+    ids=["a list", "too few", "floats"],
+)
+def test_an_order_of_the_users_must_return_an_index_for_each_position(wrong, found):
+    class Own(RandomOrder):
+        def of_epoch(self, seed, epoch):
+            return wrong
+
+    with pytest.raises(
+        TypeError, match=rf"Own must return an int64 array of shape \(5,\), found \({found}\)"
+    ):
+        list(ResumableSampler(range(5), batch_size=5, order=Own(5)))

@@ -457,7 +457,7 @@ def test_an_order_that_is_drawn_first_is_of_seed_epoch_and_stream():
 
 def test_ranks_draw_otherwise(monkeypatch):
     """Every rank numbers its own samples: the same noise on all of them would be less noise."""
-    with pytest.raises(RuntimeError, match="rank is None and there is no process group to ask"):
+    with pytest.raises(RuntimeError, match="num_replicas is None and there is no process group to ask"):
         make(is_distributed=True)
     noise = []
     for rank in (0, 1):
@@ -705,6 +705,33 @@ def test_the_state_of_another_rank_is_refused():
     loader = make()
     with pytest.raises(LoaderStateError, match=r"rank: the state has 1, here it is 0. Each rank's streams"):
         loader.load_state_dict({**loader.state_dict(), "rank": 1})
+    with pytest.raises(LoaderStateError, match=r"num_replicas: the state has 2, here it is 1"):
+        loader.load_state_dict({**loader.state_dict(), "num_replicas": 2})
+
+
+@pytest.mark.parametrize("options", WORKERS.values(), ids=WORKERS.keys())
+def test_a_state_is_not_used_up_before_the_first_batch(options):
+    """An iteration may be begun and dropped, as libraries do that look at a loader."""
+    expected = whole(workers=2 if options.get("workers") == 2 else 0)
+    loader = make(**options)
+    list(islice(loader, 2))
+    state = loader.state_dict()
+    other = make(**options)
+    other.load_state_dict(state)
+    del loader
+    iter(other)
+    assert other.state_dict() == state
+    assert same(epochs(other), expected[2:])
+
+
+def test_a_state_that_was_not_used_refuses_an_earlier_epoch():
+    loader = make()
+    list(loader)
+    other = make()
+    other.load_state_dict(loader.state_dict())
+    with pytest.raises(RuntimeError, match=r"a state of epoch 1 was loaded, and set_epoch\(0\) goes back"):
+        other.set_epoch(0)
+    assert same(epochs(other), whole()[len(list(make())) :])
 
 
 def test_a_stream_without_its_datasets_state_is_refused():

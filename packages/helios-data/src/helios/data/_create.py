@@ -23,7 +23,7 @@ from helios.data._samplers import (
 )
 from helios.data._sharding import BatchSize, Tail
 from helios.data._stream_loader import StreamDataLoader
-from helios.data.orders import Order, RandomOrder, SequentialOrder
+from helios.data.orders import Order
 
 _MAX_FINGERPRINT = 256  # characters: a state stays below 1 KiB
 _FETCHING: dict[SampleRNG, type[FetchedDataset]] = {
@@ -143,7 +143,7 @@ def _checked(params: DataLoaderParams) -> DataLoaderParams:
             "in_order must be True: batches in the order in which workers happen to be ready make another run each "
             "time, which no state can continue"
         )
-    if params.sample_rng not in _FETCHING:
+    if params.sample_rng not in tuple(_FETCHING):
         names = ", ".join(map(repr, _FETCHING))
         raise ValueError(f"sample_rng must be one of {names}, found {params.sample_rng!r}")
     check_callable("collate_fn", params.collate_fn)
@@ -203,15 +203,11 @@ def _sampler_for(dataset: Any, params: DataLoaderParams) -> ResumableSampler:
         return ResumableDistributedSampler(
             dataset, seed=seed, drop_last=params.drop_last, tail=tail, order=order
         )
-    sampler: ResumableSampler
-    if isinstance(params.order, Order):  # used as it is given, and checked against the dataset
-        sampler = ResumableSampler(dataset, seed, order=order)
-    elif isinstance(order, RandomOrder):
-        sampler = ResumableRandomSampler(dataset, seed)
-    elif isinstance(order, SequentialOrder):
-        sampler = ResumableSequentialSampler(dataset)
-    else:
-        sampler = ResumableSampler(dataset, seed, order=order)
+    sampler = ResumableSampler(dataset, seed, order=order)
+    if params.order in (None, "helios"):
+        sampler = (
+            ResumableRandomSampler(dataset, seed) if params.shuffle else ResumableSequentialSampler(dataset)
+        )
     sampler.sharding = replace(sampler.sharding, tail=tail)
     return sampler
 

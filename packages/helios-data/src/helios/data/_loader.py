@@ -206,6 +206,8 @@ class ResumableDataLoader(DataLoader[Any]):
         """Begin an iteration: return its epoch, its cursor, its batches, and where each of them will end."""
         sampler, planned = self.sampler, deque[int]()
         sampler.settle()
+        if self._restored_epoch == sampler.epoch:  # and no batch was handed over since: it is not used up
+            sampler.start = sampler.consumed
         cursor, epoch = sampler.start, sampler.epoch
         self._planned = planned
         # Only for sample_rng="worker": other streams on every rank, and after a resume no stream twice.
@@ -280,4 +282,4 @@ def _plan(
             )
         cursor = step.next_cursor
         planned.append(cursor)
-        yield BatchRequest(epoch, step.start, batch, step.stride)
+        yield epoch, step.start, batch, step.stride

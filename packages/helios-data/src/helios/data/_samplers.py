@@ -6,6 +6,7 @@ from it costs the same at any position.
 
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,9 @@ from helios.data._permutation import BLOCK_SIZE, Indices
 from helios.data._sharding import BatchSize, Sharding, Tail, checked_sizes
 from helios.data._state import FORMAT_VERSION, LoaderState, LoaderStateError, check_state
 from helios.data.orders import IndicesAt, Order, RandomOrder, SequentialOrder, TorchOrder
+
+_FIRST_BLOCK_SIZE = 256  # indices: whoever waits for the first one does not wait for a whole block
+_INTS_AT_ONCE = 1024  # as ints, indices take four times as much memory
 
 OrderName = Literal["helios", "torch"]
 
@@ -96,7 +100,13 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
             )
         if self._indices_of_epoch is None or self._indices_of_epoch[0] != self.epoch:
             self._indices_of_epoch = self.epoch, self.order.of_epoch(self.seed, self.epoch)
-        return self._indices_of_epoch[1](positions)
+        indices = self._indices_of_epoch[1](positions)
+        if getattr(indices, "shape", None) != positions.shape or indices.dtype.kind not in "iu":
+            found = getattr(indices, "dtype", type(indices).__name__), getattr(indices, "shape", None)
+            raise TypeError(
+                f"{type(self.order).__name__} must return an int64 array of shape {positions.shape}, found {found}"
+            )
+        return indices
 
     @property
     def batch_size(self) -> int:
@@ -182,16 +192,22 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
         return self._indices_from(self.consumed)
 
     def _indices_from(self, cursor: int) -> Iterator[int]:
+        return chain.from_iterable(self._lists_from(cursor))  # no generator is resumed for each index
+
+    def _lists_from(self, cursor: int) -> Iterator[list[int]]:
         # A window at once where the order computes whole ones: more would make the first index wait.
         window = 1 if self.order is None else self.order.window
-        at_once = BLOCK_SIZE * self.sharding.num_replicas if window == 1 else window
+        replicas = self.sharding.num_replicas
+        sizes = (BLOCK_SIZE * replicas, _FIRST_BLOCK_SIZE * replicas) if window == 1 else (window, None)
         epoch = self.epoch
-        for positions in self.sharding.positions_from(cursor, epoch, at_once):
+        for positions in self.sharding.positions_from(cursor, epoch, *sizes):
             if self.epoch != epoch:
                 raise RuntimeError(
                     f"this iteration of epoch {epoch} cannot go on: the epoch was set to {self.epoch} meanwhile"
                 )
-            yield from self.indices_at(positions).tolist()
+            indices = self.indices_at(positions)
+            for begin in range(0, len(indices), _INTS_AT_ONCE):
+                yield indices[begin : begin + _INTS_AT_ONCE].tolist()
 
     def __len__(self) -> int:
         """Samples that this rank takes in a whole epoch."""
@@ -318,12 +334,12 @@ class ResumableDistributedSampler(ResumableSampler, torch.utils.data.Distributed
     ) -> None:
         num_samples = check_num_samples("dataset", dataset)
         super().__init__(dataset, seed, order=choose_order(order, num_samples, shuffle))
-        replicas = check_int("num_replicas", _from_group("num_replicas", num_replicas), 1)
-        rank = rank_or_group_rank(rank)
+        rank, replicas = rank_and_world(rank, num_replicas)
         if rank >= replicas:
             raise ValueError(f"rank must be in range(num_replicas) = range({replicas}), found {rank}")
         by_default = Tail.DROP if check_bool("drop_last", drop_last) else Tail.PAD
         tail = by_default if tail is None else check_tail(tail)
+        self.rank, self.num_replicas = rank, replicas
         self.sharding = replace(self.sharding, rank=rank, num_replicas=replicas, tail=tail)
         self.set_batch_size(batch_size)
 
@@ -356,9 +372,14 @@ def check_tail(tail: Tail | str) -> Tail:
         raise ValueError(f"tail must be one of {names}, found {tail!r}") from None
 
 
-def rank_or_group_rank(rank: int | None) -> int:
-    """Return this rank, asked of torch.distributed if it is None; RuntimeError if there is no process group."""
-    return check_int("rank", _from_group("rank", rank), 0)
+def rank_and_world(rank: int | None = None, num_replicas: int | None = None) -> tuple[int, int]:
+    """Return this rank and how many there are, asked of torch.distributed where they are None.
+
+    Raises:
+        RuntimeError: there is no process group to ask.
+    """
+    world = check_int("num_replicas", _from_group("num_replicas", num_replicas), 1)
+    return check_int("rank", _from_group("rank", rank), 0), world
 
 
 def _from_group(name: str, value: int | None) -> int:

@@ -8,6 +8,7 @@ a run may go on with another number of ranks or other batch sizes from any curso
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,8 +36,7 @@ class Tail(Enum):
     EXACT = "exact"
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One rank's part of a global step.
 
     Attributes:
@@ -158,13 +158,16 @@ class Sharding:
             yield step
             cursor = step.next_cursor
 
-    def positions_from(self, cursor: int, epoch: int, at_once: int) -> Iterator[npt.NDArray[np.int64]]:
+    def positions_from(
+        self, cursor: int, epoch: int, at_once: int, at_first: int | None = None
+    ) -> Iterator[npt.NDArray[np.int64]]:
         """Yield this rank's positions from `cursor` on, in blocks.
 
         Args:
             cursor: where to begin.
             epoch: the epoch.
             at_once: positions of all ranks in a block, roughly.
+            at_first: in the first block, and four times as many in each after it, up to `at_once`; None is `at_once`.
 
         Yields:
             int64 arrays, each in range(num_samples).
@@ -172,11 +175,13 @@ class Sharding:
         if not self.has_schedule:
             sizes = self.sizes_at(cursor)
             own, total = sizes[self.rank], sum(sizes)
-            steps_at_once = max(at_once // total, 1)
+            most_steps = max(at_once // total, 1)
+            steps_at_once = most_steps if at_first is None else min(max(at_first // total, 1), most_steps)
             while (num_full := min((self.num_samples - cursor) // total, steps_at_once)) > 0:
                 first = self._step(0, sum(sizes[: self.rank]), own, total).positions()
                 yield (cursor + total * np.arange(num_full, dtype=np.int64)[:, None] + first).ravel()
                 cursor += num_full * total
+                steps_at_once = min(4 * steps_at_once, most_steps)
         for step in self.steps(cursor, epoch):
             yield step.positions() % self.num_samples
 

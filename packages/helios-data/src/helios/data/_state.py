@@ -42,6 +42,7 @@ class StreamLoaderState(TypedDict):
         algorithm: "stream".
         seed: seed of the randomness in samples.
         rank: the rank whose streams these are.
+        num_replicas: how many ranks there are.
         epoch: epoch in progress, or to come if the last one ended; from 0.
         turn: the stream whose batch comes next.
         num_samples: of each stream, samples of that epoch that the training loop has received.
@@ -54,6 +55,7 @@ class StreamLoaderState(TypedDict):
     algorithm: str
     seed: int
     rank: int
+    num_replicas: int
     epoch: int
     turn: int
     num_samples: list[int]
@@ -107,7 +109,9 @@ def check_stream_state(state: object, expected: StreamLoaderState) -> StreamLoad
     Raises:
         LoaderStateError: as `check_state`; or the state has another number of streams.
     """
-    checked = _checked(state, expected, ("format", "algorithm", "seed", "rank", "fingerprint"))
+    checked = _checked(
+        state, expected, ("format", "algorithm", "seed", "rank", "num_replicas", "fingerprint")
+    )
     _check_count("epoch", checked["epoch"])
     _check_count("turn", checked["turn"])
     num_streams = len(expected["num_samples"])
@@ -160,6 +164,7 @@ _MUST_AGREE = {
     "algorithm": "Use the sampler, and the release, that the run began with.",
     "seed": "Use the seed that the run began with.",
     "rank": "Each rank's streams are its own: keep the state of every rank.",
+    "num_replicas": "An iterable-style dataset is divided among its ranks: use as many as the run began with.",
     "order_seed": "Use the seed that the run's sampler began with.",
     "num_samples": "It belongs to another dataset, or the dataset changed.",
     "order_digest": "Use the weights, lengths or indices that the run began with.",

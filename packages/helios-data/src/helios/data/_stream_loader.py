@@ -10,7 +10,7 @@ from helios.core.rng import derive_seed
 from helios.data._checks import check_int
 from helios.data._loader import ResumableDataLoader
 from helios.data._machinery import Fetcher, torch_options
-from helios.data._samplers import rank_or_group_rank
+from helios.data._samplers import rank_and_world
 from helios.data._state import FORMAT_VERSION, StreamLoaderState, check_stream_state
 from helios.data._streams import StreamBatch, StreamCursor, StreamDataset
 
@@ -77,7 +77,7 @@ class StreamDataLoader(ResumableDataLoader):
             **self._options,
         )
         self._seed = seed
-        self._rank = rank_or_group_rank(None) if is_distributed else 0
+        self._rank, self._num_replicas = rank_and_world() if is_distributed else (0, 1)
         self._is_distributed = is_distributed
         self._is_keyed = is_keyed
         self._fingerprint = fingerprint
@@ -109,8 +109,15 @@ class StreamDataLoader(ResumableDataLoader):
         Raises:
             TypeError: the epoch is not an int.
             ValueError: the epoch is negative.
+            RuntimeError: a state of a later epoch was loaded, and no batch was taken since.
         """
         number = check_int("epoch", epoch, 0)
+        if self._is_resumed and number < self._cursor.epoch:
+            raise RuntimeError(
+                f"a state of epoch {self._cursor.epoch} was loaded, and set_epoch({number}) goes back before it was "
+                f"used. Begin the loop over epochs at loader.epoch, or set no epochs: a completed pass goes on "
+                f"to the next one"
+            )
         if self._cursor.is_over:
             self._go_to(self._cursor.settled())
         if number != self._cursor.epoch:
@@ -128,6 +135,7 @@ class StreamDataLoader(ResumableDataLoader):
             "algorithm": ALGORITHM,
             "seed": self._seed,
             "rank": self._rank,
+            "num_replicas": self._num_replicas,
             "epoch": cursor.epoch,
             "turn": cursor.turn,
             "num_samples": list(cursor.num_samples),
@@ -189,7 +197,9 @@ class StreamDataLoader(ResumableDataLoader):
             )
             self._fetcher = Fetcher(self._streams, self._options)
         self._streams.epoch.fill_(self._cursor.epoch)
-        self._go_to(self._cursor)
+        self._go_to(
+            self._cursor, self._is_resumed
+        )  # until the first batch: an iteration may be begun and dropped
         self._iteration = object()
         # Only for sample_rng="worker": other random numbers in every epoch, and after a resume.
         base_seed = derive_seed(
@@ -214,7 +224,7 @@ class StreamDataLoader(ResumableDataLoader):
                 except StopIteration:
                     break
                 self._cursor = self._cursor.after(received)
-                is_over = self._cursor.is_over
+                self._is_resumed, is_over = False, self._cursor.is_over
                 if received.is_real:
                     yield received.batch
         finally:  # also when it is broken off

@@ -81,11 +81,12 @@ def _batches(by_length: Indices, batch_size: int, words: npt.NDArray[np.uint64])
 
 
 def _checked_lengths(lengths: Any) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = as_array("lengths", lengths)  # a memmap stays one
+    array: npt.NDArray[Any] = as_array("lengths", lengths)
     if array.dtype.kind not in "iuf" or array.ndim != 1:
         raise TypeError(f"lengths must be a 1-d array of numbers, found {array.dtype}, shape {array.shape}")
     if array.size == 0:
         raise ValueError("lengths is empty: there is nothing to sample")
     if array.dtype.kind == "f" and np.isnan(array).any():
         raise ValueError(f"lengths must not be NaN, found one at {int(np.argmax(np.isnan(array)))}")
-    return array
+    # A copy, since an order does not change when the user's array does; a memory-mapped one stays on disk.
+    return array if isinstance(array, np.memmap) else array.copy()
