@@ -20,8 +20,9 @@ TITLE = "Loader: microseconds a batch, against torch's DataLoader"
 NOTES = (
     'Ours with `sample_rng="worker"`, which does not re-key: exactly the work of torch\'s loader, shuffled, one '
     "thread, whole epochs, worker processes already running. The contenders take turns; a ratio is the median of "
-    "the ratios of neighbouring turns. CPU: of processor time in the main process, from which other processes cannot "
-    "take away. Samples: a row of a small tensor, alone and with about 100 us of work."
+    "the ratios of neighbouring turns. Control: another loader of torch's; how far it is from 1 is the noise. CPU: of "
+    "processor time in the main process, from which other processes cannot take away. Samples: a row of a small "
+    "tensor, alone and with about 100 us of work."
 )
 BATCH_SIZES = [1, 32, 256]
 WORKERS = [0, 2]
@@ -34,19 +35,20 @@ def compare(work: int, batch_size: int, num_workers: int, seconds: float) -> lis
     dataset = Rows(num_batches * batch_size, work)
     loaders = {
         "torch": torch_loader(dataset, batch_size, num_workers),
+        "control": torch_loader(dataset, batch_size, num_workers),
         "helios": helios_loader(dataset, batch_size, num_workers, "worker"),
         "stateful": stateful_loader(dataset, batch_size, num_workers),
     }
     results = interleave({name: epoch_of(loader) for name, loader in loaders.items()}, seconds)
-    wall = {name: [turn.wall for turn in turns] for name, turns in results.items()}
-    cpu = {name: [turn.cpu for turn in turns] for name, turns in results.items()}
+
+    def over_torch(name: str, clock: str) -> str:
+        own, others = ([getattr(turn, clock) for turn in results[each]] for each in (name, "torch"))
+        return f"{ratio(own, others):.3f}"
+
     return [
-        median(wall["torch"]),
-        median(wall["helios"]),
-        f"{ratio(wall['helios'], wall['torch']):.3f}",
-        f"{ratio(cpu['helios'], cpu['torch']):.3f}",
-        f"{ratio(wall['stateful'], wall['torch']):.3f}",
-        f"{ratio(cpu['stateful'], cpu['torch']):.3f}",
+        median(turn.wall for turn in results["torch"]),
+        median(turn.wall for turn in results["helios"]),
+        *(over_torch(name, clock) for name in ("helios", "control", "stateful") for clock in ("wall", "cpu")),
         len(results["torch"]),
     ]
 
@@ -62,5 +64,5 @@ def run(large: bool) -> str:
             for batch_size in BATCH_SIZES:
                 cells = compare(work, batch_size, num_workers, seconds)
                 rows.append([name, num_workers, batch_size, *cells])
-    stateful = ["StatefulDataLoader, ratio", "CPU"]
-    return table(["samples", "workers", "batch", "torch", "helios", "ratio", "CPU", *stateful, "turns"], rows)
+    head = ["samples", "workers", "batch", "torch", "helios", "helios/torch", "CPU", "control", "CPU"]
+    return table([*head, "StatefulDataLoader", "CPU", "turns"], rows)

@@ -321,7 +321,7 @@ for arguments in json.loads(sys.argv[1]):
         finally:
             traceback.print_exc()
             os._exit(1)
-    print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print("\\nstatus", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
