@@ -173,9 +173,10 @@ def count(number: int) -> str:
 
 def environment() -> str:
     """Say on what the measurements were made."""
-    names = ["torch", "numpy", "torchdata", "grain", "helios-data", "helios-rng"]
-    versions = []
-    for name in names:
+    # Ours from the source: the metadata of an editable installation is that of the day it was made.
+    ours = ("helios.data", "helios.core.rng")
+    versions = [f"{name} {importlib.import_module(name).__version__}" for name in ours]
+    for name in ("torch", "numpy", "torchdata", "grain"):
         try:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:

@@ -145,8 +145,8 @@ class Permutation:
         right_radix = np.array(self._right_radix, dtype=np.uint64)
         left_radix = np.array(self._left_radix, dtype=np.uint64)
         left = values // right_radix
-        right = values - left * right_radix
-        mixed, scratch = np.empty_like(left), np.empty_like(left)
+        mixed, scratch = left * right_radix, np.empty_like(left)
+        right = values - mixed
         for number, key in enumerate(self._keys):
             source, target, radix = (
                 (right, left, left_radix) if number % 2 == 0 else (left, right, right_radix)
@@ -165,4 +165,6 @@ class Permutation:
             np.add(target, mixed, out=target)
             np.subtract(target, radix, out=scratch)
             np.minimum(target, scratch, out=target)
-        return left * right_radix + right
+        np.multiply(left, right_radix, out=left)
+        np.add(left, right, out=left)
+        return left

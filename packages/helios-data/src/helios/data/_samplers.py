@@ -208,6 +208,7 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
             indices = self.indices_at(positions)
             for begin in range(0, len(indices), _INTS_AT_ONCE):
                 yield indices[begin : begin + _INTS_AT_ONCE].tolist()
+            del positions, indices  # not beside the next ones
 
     def __len__(self) -> int:
         """Samples that this rank takes in a whole epoch."""
