@@ -5,10 +5,7 @@ save_state where that is the same and cheaper, and a real SIGKILL in the last te
 control: the loaders of torch and torchdata in the same place.
 """
 
-import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import DataLoaderShard, prepare_data_loader
 from accelerate.utils import DataLoaderConfiguration
+from script_runner import run_whole_and_killed
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -251,33 +249,6 @@ def test_a_loader_that_is_taken_apart_refuses(take_apart):
     next(iter(take_apart(torchs(0))))  # the control
 
 
-RUNNER = """
-import json, os, runpy, sys, traceback
-import torch._dynamo  # which the first optimizer imports
-import accelerate
-for arguments in json.loads(sys.argv[1]):
-    if (child := os.fork()) == 0:
-        try:
-            sys.argv = arguments
-            runpy.run_path(arguments[0], run_name="__main__")
-            sys.stdout.flush()
-            os._exit(0)
-        finally:
-            traceback.print_exc()
-            os._exit(1)
-    print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-def run_scripts(log, *runs):
-    """Run scripts one after the other in processes of their own, which import nothing; return what they say."""
-    with log.open("w") as output:  # a file, since the workers of a killed run keep a pipe open for seconds
-        command = [sys.executable, "-c", RUNNER, json.dumps([[str(each) for each in run] for run in runs])]
-        subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=True)
-    lines = log.read_text().splitlines()
-    return [line.split()[1] for line in lines if line.startswith(("status", "digest"))]
-
-
 def test_the_example_survives_sigkill(tmp_path):
     # The control is the same script with torch's loader, which has no epoch.
     control, source = tmp_path / "control.py", EXAMPLE.read_text()
@@ -288,16 +259,7 @@ def test_the_example_survives_sigkill(tmp_path):
         assert ours in source
         source = source.replace(ours, torchs)
     control.write_text(source)
-    runs = []
-    for script in (EXAMPLE, control):
-        whole, killed = tmp_path / f"{script.stem}-whole", tmp_path / f"{script.stem}-killed"
-        runs += [
-            (script, "--root", whole, "--workers", 0),
-            (script, "--root", killed, "--workers", 2, "--die-at", 12),
-            (script, "--root", killed, "--workers", 0, "--die-at", 17),
-            (script, "--root", killed, "--workers", 2),
-        ]
-    said = run_scripts(tmp_path / "log.txt", *runs)
+    said = run_whole_and_killed(tmp_path, "accelerate", EXAMPLE, control)
     whole, *statuses, resumed, _ = said[:6]
     assert statuses == ["0", "-9", "-9"]
     assert resumed == whole

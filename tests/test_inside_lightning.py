@@ -5,16 +5,14 @@ checkpoint where that is the same and cheaper, and a real SIGKILL in the last te
 control: torch's own loader in the same place.
 """
 
-import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from script_runner import run_whole_and_killed
 from torch import nn
 
 from helios.core.rng import get_default_numpy_rng, get_rng_state_dict, load_rng_state_dict, seed_rngs
@@ -307,48 +305,12 @@ def test_what_lightning_itself_gets_wrong(tmp_path):
     assert num_batches((6, "batch"), (12, "batch")) == EPOCHS * BATCHES + BATCHES
 
 
-RUNNER = """
-import json, os, runpy, sys, traceback
-import torch._dynamo  # which the first optimizer imports
-import lightning.pytorch
-for arguments in json.loads(sys.argv[1]):
-    if (child := os.fork()) == 0:
-        try:
-            sys.argv = arguments
-            runpy.run_path(arguments[0], run_name="__main__")
-            sys.stdout.flush()
-            os._exit(0)
-        finally:
-            traceback.print_exc()
-            os._exit(1)
-    print("\\nstatus", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-def run_scripts(log, *runs):
-    """Run scripts one after the other in processes of their own, which import nothing; return what they say."""
-    with log.open("w") as output:  # a file, since the workers of a killed run keep a pipe open for seconds
-        command = [sys.executable, "-c", RUNNER, json.dumps([[str(each) for each in run] for run in runs])]
-        subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=True)
-    lines = log.read_text().splitlines()
-    return [line.split()[1] for line in lines if line.startswith(("status", "digest"))]
-
-
 def test_the_example_survives_sigkill(tmp_path):
     # The control is the same script with torch's loader.
     control, source = tmp_path / "control.py", EXAMPLE.read_text()
     assert "= create_dataloader(" in source
     control.write_text(source.replace("= create_dataloader(", "= torch.utils.data.DataLoader("))
-    runs = []
-    for script in (EXAMPLE, control):
-        whole, killed = tmp_path / f"{script.stem}-whole", tmp_path / f"{script.stem}-killed"
-        runs += [
-            (script, "--root", whole, "--workers", 0),
-            (script, "--root", killed, "--workers", 2, "--die-at", 12),
-            (script, "--root", killed, "--workers", 0, "--die-at", 17),
-            (script, "--root", killed, "--workers", 2),
-        ]
-    said = run_scripts(tmp_path / "log.txt", *runs)
+    said = run_whole_and_killed(tmp_path, "lightning.pytorch", EXAMPLE, control)
     whole, *statuses, resumed, _ = said[:6]
     assert statuses == ["0", "-9", "-9"]
     assert resumed == whole

@@ -28,6 +28,7 @@ from helios.data import (
 )
 
 pytestmark = [
+    pytest.mark.usefixtures("seeded"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # on a machine with one core
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),  # Python 3.12 and later
 ]
@@ -99,11 +100,6 @@ def same(found, expected):
 @pytest.fixture(scope="module")
 def whole():
     return epochs(make_noisy(), 3)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    rng.seed_rngs(1)
 
 
 WORKERS = {

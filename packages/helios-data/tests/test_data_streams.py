@@ -6,12 +6,10 @@ import gc
 import hashlib
 import io
 import json
-import multiprocessing
 import random
 import re
 import weakref
 from itertools import islice
-from multiprocessing.process import BaseProcess
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from helios.core import rng
 from helios.data import LoaderStateError, ResumableSequentialSampler, StreamDataLoader, create_dataloader
 
 pytestmark = [
+    pytest.mark.usefixtures("seeded", "no_worker_stays"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # on a machine with one core
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),  # Python 3.12 and later
 ]
@@ -231,23 +230,6 @@ def same(found, expected):
 @functools.cache
 def whole(kind="two halves", workers=0, until=2):
     return epochs(make(KINDS[kind](), workers), until)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    rng.seed_rngs(1)
-
-
-@pytest.fixture(autouse=True)
-def no_worker_stays(monkeypatch):
-    """They end by themselves: torch terminates one only when it has waited for it for five seconds."""
-    before, terminated, terminate = multiprocessing.active_children(), [], BaseProcess.terminate
-    monkeypatch.setattr(BaseProcess, "terminate", lambda self: (terminated.append(self), terminate(self)))
-    yield
-    if set(multiprocessing.active_children()) - set(before):
-        gc.collect()
-    assert not set(multiprocessing.active_children()) - set(before)
-    assert terminated == []
 
 
 @pytest.mark.parametrize("kind", ["two halves", "begins again", "buffer", "Hugging Face"])

@@ -4,7 +4,6 @@ import collections
 import copy
 import dataclasses
 import functools
-import gc
 import importlib
 import multiprocessing
 import os
@@ -14,7 +13,6 @@ import signal
 import subprocess
 import sys
 from itertools import islice
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from helios.core import rng
 from helios.data import Permutation, ResumableDistributedSampler, ResumableRandomSampler, create_dataloader
 
 pytestmark = [
+    pytest.mark.usefixtures("seeded", "no_worker_stays"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # on a machine with one core
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),  # Python 3.12 and later
 ]
@@ -135,23 +134,6 @@ def resumed(state, *args, **options):
     loader = make(*args, **options)
     loader.load_state_dict(state)
     return epochs(loader)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    rng.seed_rngs(1)
-
-
-@pytest.fixture(autouse=True)
-def no_worker_stays(monkeypatch):
-    """They end by themselves: torch terminates one only when it has waited for it for five seconds."""
-    before, terminated, terminate = multiprocessing.active_children(), [], BaseProcess.terminate
-    monkeypatch.setattr(BaseProcess, "terminate", lambda self: (terminated.append(self), terminate(self)))
-    yield
-    if set(multiprocessing.active_children()) - set(before):
-        gc.collect()
-    assert not set(multiprocessing.active_children()) - set(before)
-    assert terminated == []
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------
