@@ -58,6 +58,16 @@ def as_array(name: str, values: Any) -> npt.NDArray[Any]:
     return array
 
 
+def as_numbers(name: str, values: Any) -> npt.NDArray[Any]:
+    """Return what the user gave as a 1-d array of numbers, at least one; TypeError or ValueError otherwise."""
+    array = as_array(name, values)
+    if array.dtype.kind not in "iuf" or array.ndim != 1:
+        raise TypeError(f"{name} must be a 1-d array of numbers, found {array.dtype}, shape {array.shape}")
+    if array.size == 0:
+        raise ValueError(f"{name} is empty: there is nothing to sample")
+    return array
+
+
 def check_positions(positions: Any, num_samples: int) -> None:
     """TypeError unless positions are a 1-d array of integers; ValueError unless each is in range(num_samples)."""
     if not isinstance(positions, np.ndarray) or positions.dtype.kind not in "iu" or positions.ndim != 1:

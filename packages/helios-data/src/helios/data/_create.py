@@ -203,11 +203,13 @@ def _sampler_for(dataset: Any, params: DataLoaderParams) -> ResumableSampler:
         return ResumableDistributedSampler(
             dataset, seed=seed, drop_last=params.drop_last, tail=tail, order=order
         )
-    sampler = ResumableSampler(dataset, seed, order=order)
-    if params.order in (None, "helios"):
-        sampler = (
-            ResumableRandomSampler(dataset, seed) if params.shuffle else ResumableSequentialSampler(dataset)
-        )
+    sampler: ResumableSampler
+    if params.order not in (None, "helios"):
+        sampler = ResumableSampler(dataset, seed, order=order)
+    elif params.shuffle:
+        sampler = ResumableRandomSampler(dataset, seed)
+    else:
+        sampler = ResumableSequentialSampler(dataset)
     sampler.sharding = replace(sampler.sharding, tail=tail)
     return sampler
 

@@ -257,8 +257,8 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
                 f"{type(self).__name__}.__iter__ can only begin at whole batches. Use the batch size that the run "
                 f"began with, or override indices_at instead."
             )
-        self.epoch = state["epoch"]
-        self.consumed = self.start = state["consumed"]
+        self.epoch = epoch
+        self.consumed = self.start = consumed
         self._start_is_of_epoch = True
 
 

@@ -121,7 +121,7 @@ class StreamDataLoader(ResumableDataLoader):
         if self._cursor.is_over:
             self._go_to(self._cursor.settled())
         if number != self._cursor.epoch:
-            self._go_to(StreamCursor.at_beginning(number, len(self._cursor.num_samples)))
+            self._go_to(self._cursor.of_epoch(number))
 
     def state_dict(self) -> StreamLoaderState:  # type: ignore[override]  # a stream's state has other keys
         """Return where the streams stand: the batches that the loop has received count.
@@ -180,7 +180,7 @@ class StreamDataLoader(ResumableDataLoader):
         if self._cursor.is_over:  # and the loop asked for no more
             self._go_to(self._cursor.settled())
         elif not self._is_resumed:  # an epoch that was broken off begins anew
-            self._go_to(StreamCursor.at_beginning(self._cursor.epoch, len(self._cursor.num_samples)))
+            self._go_to(self._cursor.of_epoch(self._cursor.epoch))
         if self._is_resumed or self._fetcher is None or not self.persistent_workers:
             # Another one, since workers that persist could not be told where to go on.
             seed = self._seed if self._is_keyed else None
@@ -197,10 +197,7 @@ class StreamDataLoader(ResumableDataLoader):
             )
             self._fetcher = Fetcher(self._streams, self._options)
         self._streams.epoch.fill_(self._cursor.epoch)
-        self._go_to(
-            self._cursor, self._is_resumed
-        )  # until the first batch: an iteration may be begun and dropped
-        self._iteration = object()
+        self._iteration = object()  # still resumed until the first batch: it may be begun and dropped
         # Only for sample_rng="worker": other random numbers in every epoch, and after a resume.
         base_seed = derive_seed(
             self._seed, "worker", self._cursor.epoch, self._rank, *self._cursor.num_samples
@@ -231,4 +228,4 @@ class StreamDataLoader(ResumableDataLoader):
             if self._iteration is iteration and not self.num_workers:
                 self._streams.put_back()
         if self._iteration is iteration:
-            self._go_to(StreamCursor.at_beginning(self._cursor.epoch + 1, len(self._cursor.num_samples)))
+            self._go_to(self._cursor.of_epoch(self._cursor.epoch + 1))

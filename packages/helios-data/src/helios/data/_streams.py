@@ -60,6 +60,10 @@ class StreamCursor:
         """Return the beginning of an epoch."""
         return cls(epoch, 0, (0,) * num_streams, (None,) * num_streams, (False,) * num_streams)
 
+    def of_epoch(self, epoch: int) -> Self:
+        """Return the beginning of an epoch, with as many streams."""
+        return self.at_beginning(epoch, len(self.num_samples))
+
     @property
     def is_over(self) -> bool:
         """Whether all streams have ended."""
@@ -80,7 +84,7 @@ class StreamCursor:
 
     def settled(self) -> Self:
         """Return the beginning of the next epoch if this one is over; else the same."""
-        return self.at_beginning(self.epoch + 1, len(self.num_samples)) if self.is_over else self
+        return self.of_epoch(self.epoch + 1) if self.is_over else self
 
 
 def _with(values: tuple[T, ...], place: int, value: T) -> tuple[T, ...]:
@@ -165,7 +169,7 @@ class StreamDataset(IterableDataset[StreamBatch]):
     def put_back(self) -> None:
         """Put the dataset back to where it was given to us: where there are no workers, it is the user's own."""
         with generators_of_the_loop():
-            self.dataset.load_state_dict(pickle.loads(self._initial_state))  # noqa: S301  # of this run
+            self._load(self._initial_state)
 
     def _is_batch(self, samples: list[Any]) -> bool:
         return len(samples) == self._batch_size or (len(samples) > 0 and not self._drop_last)
@@ -202,11 +206,14 @@ class StreamDataset(IterableDataset[StreamBatch]):
     def _set_dataset(self, epoch: int, state: bytes | None) -> None:
         set_epoch = getattr(self.dataset, "set_epoch", None)
         if state is None:
-            self.dataset.load_state_dict(pickle.loads(self._initial_state))  # noqa: S301  # of this run
+            self._load(self._initial_state)
         if callable(set_epoch):
             set_epoch(epoch)
         if state is not None:
-            self.dataset.load_state_dict(pickle.loads(state))  # noqa: S301  # of this run
+            self._load(state)
+
+    def _load(self, state: bytes) -> None:
+        self.dataset.load_state_dict(pickle.loads(state))  # noqa: S301  # of this run
 
     def _collate(self, batch: list[Any], epoch: int, stream: int, num_samples: int) -> Any:
         if self._seed is None or draws_nothing(self._collate_fn):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from helios.data._checks import as_array, check_int
+from helios.data._checks import as_numbers, check_int
 from helios.data._hashing import PositionHash
 from helios.data._permutation import Indices, Permutation
 from helios.data.orders._base import IndicesAt, Order, in_windows
@@ -81,11 +81,7 @@ def _batches(by_length: Indices, batch_size: int, words: npt.NDArray[np.uint64])
 
 
 def _checked_lengths(lengths: Any) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = as_array("lengths", lengths)
-    if array.dtype.kind not in "iuf" or array.ndim != 1:
-        raise TypeError(f"lengths must be a 1-d array of numbers, found {array.dtype}, shape {array.shape}")
-    if array.size == 0:
-        raise ValueError("lengths is empty: there is nothing to sample")
+    array = as_numbers("lengths", lengths)
     if array.dtype.kind == "f" and np.isnan(array).any():
         raise ValueError(f"lengths must not be NaN, found one at {int(np.argmax(np.isnan(array)))}")
     # A copy, since an order does not change when the user's array does; a memory-mapped one stays on disk.

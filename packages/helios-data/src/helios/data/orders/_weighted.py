@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from helios.data._checks import as_array, check_positions
+from helios.data._checks import as_numbers, check_positions
 from helios.data._hashing import PositionHash
 from helios.data._permutation import Indices
 from helios.data.orders._base import IndicesAt, Order, check_length
@@ -69,12 +69,7 @@ class WeightedOrder(Order):
 
 def checked_weights(name: str, weights: Any) -> npt.NDArray[np.float64]:
     """Return weights as float64, shape (n,), n > 0, finite, 0 or more, not all 0."""
-    array = as_array(name, weights)
-    if array.dtype.kind not in "iuf" or array.ndim != 1:
-        raise TypeError(f"{name} must be a 1-d array of numbers, found {array.dtype}, shape {array.shape}")
-    if array.size == 0:
-        raise ValueError(f"{name} is empty: there is nothing to sample")
-    values = array.astype(np.float64)
+    values = as_numbers(name, weights).astype(np.float64)
     is_wrong = ~(np.isfinite(values) & (values >= 0))
     if is_wrong.any():
         place = int(np.argmax(is_wrong))
