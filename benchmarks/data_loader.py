@@ -4,7 +4,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.harness import interleave, ratio, table
+from benchmarks.harness import Options, interleave, ratio, table
 from benchmarks.workloads import (
     Rows,
     calibrate,
@@ -53,11 +53,11 @@ def compare(work: int, batch_size: int, num_workers: int, seconds: float) -> lis
     ]
 
 
-def run(large: bool) -> str:
+def run(options: Options) -> str:
     """Measure all and return the table."""
     torch.set_num_threads(1)
     seed_rngs(0)
-    seconds = 15 if large else 5
+    seconds = 15 if options.large else 5
     rows: list[list[object]] = []
     for name, work in (("cheap", 0), ("100 us", calibrate(100))):
         for num_workers in WORKERS:

@@ -9,7 +9,7 @@ from itertools import islice
 
 import torch
 
-from benchmarks.harness import MIB, Case, count, in_fresh_process, peak_growth, table
+from benchmarks.harness import MIB, Case, Options, count, in_fresh_process, peak_growth, table
 from helios.data import ResumableRandomSampler, create_dataloader
 
 TITLE = "Memory: growth at the peak while a million indices are iterated, and the size of a state"
@@ -70,10 +70,10 @@ def state_sizes() -> list[list[object]]:
     return rows
 
 
-def run(large: bool) -> str:
+def run(options: Options) -> str:
     """Measure all and return the tables."""
     plan = [("helios", size) for size in SIZES]
-    plan += [("RandomSampler", size) for size in [10**6, 10**7] + [10**8] * large]
+    plan += [("RandomSampler", size) for size in [10**6, 10**7] + [10**8] * options.large]
     rows = []
     for who, num_samples in plan:
         case = {"who": who, "num_samples": num_samples}

@@ -6,7 +6,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.harness import cpu_timed, interleave, table
+from benchmarks.harness import Options, cpu_timed, interleave, table
 from benchmarks.workloads import Rows, epoch_of, helios_loader, num_batches_for
 from helios.core.rng import (
     derive_bytes,
@@ -92,11 +92,11 @@ def breakdown(seconds: float) -> str:
     return table(["part", "median, us", "fastest, us"], rows)
 
 
-def run(large: bool) -> str:
+def run(options: Options) -> str:
     """Measure all and return the tables."""
     torch.set_num_threads(1)
     seed_rngs(0)
-    seconds = 12 if large else 4
+    seconds = 12 if options.large else 4
     rows: list[list[object]] = []
     for num_workers in WORKERS:
         for batch_size in BATCH_SIZES:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.harness import Case, cold_and_warm, enough_memory, in_fresh_process, table
+from benchmarks.harness import Case, Options, cold_and_warm, enough_memory, in_fresh_process, table
 
 TITLE = "Resume: from a state to the first batch, at 90% of 1e7 samples"
 NOTES = (
@@ -108,7 +108,7 @@ def run_case(case: Case) -> dict[str, float]:
     return CASES[case["who"]](case["num_workers"])
 
 
-def run(large: bool) -> str:
+def run(options: Options) -> str:
     """Measure all and return the table."""
     rows: list[list[object]] = []
     for who in CASES:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
-from benchmarks.harness import Case, cold_and_warm, count, enough_memory, in_fresh_process, table
+from benchmarks.harness import Case, Options, cold_and_warm, count, enough_memory, in_fresh_process, table
 
 TITLE = "Seek: the first index at 90% of a shuffled epoch"
 NOTES = (
@@ -134,12 +134,12 @@ def run_case(case: Case) -> dict[str, float]:
     return CASES[case["who"]](case["num_samples"])
 
 
-def run(large: bool) -> str:
+def run(options: Options) -> str:
     """Measure all and return the table."""
     rows: list[list[object]] = []
     for who in CASES:
         holds_all = who in BYTES_PER_SAMPLE
-        sizes = [10**6, 10**7] + [10**8] * large if holds_all else SIZES
+        sizes = [10**6, 10**7] + [10**8] * options.large if holds_all else SIZES
         for num_samples in sizes:
             needed = BYTES_PER_SAMPLE.get(who, 0) * num_samples / 2**20
             if not enough_memory(needed):

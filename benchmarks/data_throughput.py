@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.harness import (
     Case,
+    Options,
     count,
     cpu_timed,
     enough_memory,
@@ -86,7 +87,7 @@ def run_case(case: Case) -> dict[str, float]:
     return found
 
 
-def run(large: bool) -> str:
+def run(options: Options) -> str:
     """Measure all and return the table."""
     names = ["ints", "array", "randperm.tolist", "randperm", "RandomSampler", "Grain"]
     names += ["over randperm.tolist", "over RandomSampler"]

@@ -13,9 +13,11 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -24,6 +26,19 @@ ROOT = Path(__file__).parent.parent
 MIB = 2**20
 Case = dict[str, Any]
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for on the command line.
+
+    Attributes:
+        large: peers at sizes that take gigabytes and minutes, and longer rounds.
+        mib: MiB of the state that checkpoints are made of.
+    """
+
+    large: bool
+    mib: int
 
 
 def interleave(
@@ -174,9 +189,9 @@ def count(number: int) -> str:
 def environment() -> str:
     """Say on what the measurements were made."""
     # Ours from the source: the metadata of an editable installation is that of the day it was made.
-    ours = ("helios.data", "helios.core.rng")
+    ours = ("helios.data", "helios.core.rng", "helios.chkpt")
     versions = [f"{name} {importlib.import_module(name).__version__}" for name in ours]
-    for name in ("torch", "numpy", "torchdata", "grain"):
+    for name in ("torch", "numpy", "torchdata", "grain", "safetensors", "lightning"):
         try:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
@@ -184,8 +199,18 @@ def environment() -> str:
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     return (
         f"Python {platform.python_version()}, {', '.join(versions)}; {os.cpu_count()} cores "
-        f"({platform.machine()}), load average {load} at the start."
+        f"({platform.machine()}), load average {load} at the start; files on {file_system()}."
     )
+
+
+def file_system() -> str:
+    """Return the kind of file system that temporary files are on, which `TMPDIR` can change."""
+    folder = Path(tempfile.gettempdir()).resolve()
+    kinds = {}
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, place, kind, *_ = line.split()
+        kinds[Path(place)] = kind
+    return next(kinds[place] for place in (folder, *folder.parents) if place in kinds)
 
 
 def main() -> None:
