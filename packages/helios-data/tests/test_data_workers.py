@@ -583,6 +583,7 @@ def test_batches_of_all_shapes_come_alike_from_workers():
 def test_a_batch_that_can_pin_itself_is_asked_to(monkeypatch, style, workers):
     """With an accelerator, of which nothing but this is asked."""
     assert not any(batch.pinned for batch in make(style, workers, collate_fn=into_records))
+    expected = torch.cat([batch["samples"] for batch in whole(style)])  # while nothing is pinned
     for name, value in {
         "is_available": True,
         "current_accelerator": torch.device("cpu"),
@@ -594,6 +595,5 @@ def test_a_batch_that_can_pin_itself_is_asked_to(monkeypatch, style, workers):
     batches = list(islice(loader, 2))
     assert all(batch.pinned for batch in batches)
     batches += resumed(loader.state_dict(), style, workers, collate_fn=into_records)
-    expected = torch.cat([batch["samples"] for batch in whole(style)])
     assert torch.equal(torch.cat([batch.samples for batch in batches]), expected)
     assert not any(batch.pinned for batch in make(style, workers, collate_fn=into_records, pin_memory=False))
