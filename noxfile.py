@@ -98,6 +98,8 @@ def isolate(session: nox.Session, name: str, wheels: Path, place: Path) -> None:
     pip("pytest", "hypothesis")
     shutil.copytree(ROOT / "packages" / name / "tests", place / "tests")
     shutil.copy(ROOT / "packages" / name / "README.md", place)  # its examples are tested
+    if (docs := ROOT / "packages" / name / "docs").exists():  # and what its pages say
+        shutil.copytree(docs, place / "docs")
     with session.chdir(place):
         options = ["--import-mode=importlib", "-q", "-p", "no:cacheprovider"]
         session.run(python, "-I", "-m", "pytest", *options, "tests", external=True)
@@ -139,6 +141,13 @@ def storm(session: nox.Session) -> None:
     for seed in range(int(session.posargs[0]) if session.posargs else 10):
         for unit in ("iteration", "epoch"):
             session.run("python", "examples/prove_resume.py", "--seed", str(seed), "--unit", unit)
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Slow, about 25 minutes: kills by the thousand, every bit, 1e5 bits of a large file; prints the fault table."""
+    install_packages(session)
+    session.run("python", "packages/helios-chkpt/tests/fault_session.py", *session.posargs)
 
 
 assert sys.version_info >= (3, 11), "Helios needs Python 3.11 or later"

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,3 +34,14 @@ def temps(tmp_path: Path) -> Iterator[None]:
     """After the test no temporary file is anywhere below its folder."""
     yield
     assert list(tmp_path.rglob("*.tmp")) == []
+
+
+@pytest.fixture(scope="session")
+def kit() -> Any:
+    """The module chkpt_kit."""
+    spec = importlib.util.spec_from_file_location("chkpt_kit", Path(__file__).parent / "chkpt_kit.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["chkpt_kit"] = module
+    spec.loader.exec_module(module)
+    return module

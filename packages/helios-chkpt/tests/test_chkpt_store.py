@@ -8,12 +8,14 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from helios import chkpt
-from helios.chkpt import CheckpointStore, _store, find_last_checkpoint
+from helios.chkpt import CheckpointStore, _store, find_last_checkpoint, load_last_checkpoint
+from helios.chkpt._memory import State
 
 
 def put(folder: Path, *names: str) -> None:
@@ -75,7 +77,7 @@ def test_other_runs_are_ignored(tmp_path: Path) -> None:
 
 def test_older_releases_are_found_so_that_load_can_say_migrate(tmp_path: Path, legacy: Path) -> None:
     for variant in ("0.2.0/logging", "2.0.1/amp"):
-        (source,) = (legacy / variant).iterdir()
+        source = max((legacy / variant).glob("*.pth"))
         found = find_last_checkpoint(source.parent)
         assert found == source
         with pytest.raises(chkpt.VersionTooOldError):
@@ -146,14 +148,14 @@ def test_save_async_returns_before_the_write_and_the_next_call_waits(
 ) -> None:
     go = threading.Event()
     order: list[str] = []
-    write = _store.write_snapshot
+    write = _store.write_state
 
-    def slow(stored: dict[str, object], path: Path) -> None:
+    def slow(state: State, path: Path, **options: Any) -> None:
         assert go.wait(60)
         order.append(path.name)
-        write(stored, path)
+        write(state, path, **options)
 
-    monkeypatch.setattr(_store, "write_snapshot", slow)
+    monkeypatch.setattr(_store, "write_state", slow)
     store = CheckpointStore(tmp_path, "run")
     first = store.save_async({}, epoch=1, iteration=1)
     assert list(tmp_path.iterdir()) == []
@@ -250,13 +252,13 @@ def test_nothing_is_deleted_before_the_successor_verifies(
 ) -> None:
     with CheckpointStore(tmp_path, "run", keep_last=1) as store:
         first = store.save({}, epoch=1, iteration=1)
-        write = _store.write_snapshot
+        write = _store.write_state
 
-        def failing_disk(stored: dict[str, object], path: Path) -> None:
-            write(stored, path)
+        def failing_disk(state: State, path: Path, **options: Any) -> None:
+            write(state, path, **options)
             damage(path)
 
-        monkeypatch.setattr(_store, "write_snapshot", failing_disk)
+        monkeypatch.setattr(_store, "write_state", failing_disk)
         with pytest.raises(chkpt.TruncatedError):
             store.save({}, epoch=1, iteration=2)
         chkpt.verify(first)
@@ -323,3 +325,85 @@ def test_what_a_child_of_a_killed_writer_still_locks_is_swept_later(tmp_path: Pa
         assert orphan.exists()
     store.close()
     assert not orphan.exists()
+
+
+def test_the_last_one_is_found_and_loaded_in_one_go(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "r_epoch_1_iter_1.pth", "r_epoch_1_iter_2.pth", "r_epoch_1_iter_3.pth")
+    damage(tmp_path / "r_epoch_1_iter_3.pth")
+    found = load_last_checkpoint(tmp_path, "r")
+    assert found is not None
+    path, state = found
+    assert path.name == state["name"] == "r_epoch_1_iter_2.pth"
+    assert "skipped" in caplog.text and "r_epoch_1_iter_3.pth: TruncatedError" in caplog.text
+    assert load_last_checkpoint(tmp_path, "other") is None
+    assert load_last_checkpoint(tmp_path / "no_folder") is None
+
+
+def test_a_file_of_another_release_is_not_passed_over(tmp_path: Path) -> None:
+    put(tmp_path, "r_epoch_1_iter_1.pth")
+    torch.save({"version": "1.9"}, tmp_path / "r_epoch_1_iter_2.pth")
+    with pytest.raises(chkpt.VersionTooOldError):
+        load_last_checkpoint(tmp_path, "r")
+
+
+def test_keep_every_and_keep_best(tmp_path: Path) -> None:
+    scores = {1: 0.5, 2: None, 3: 0.9, 4: 0.1, 5: 0.9, 6: 0.2, 7: None, 8: 0.3}
+    with CheckpointStore(tmp_path, "r", keep_last=2, keep_every=4, keep_best=2) as store:
+        for iteration, score in scores.items():
+            store.save({}, epoch=1, iteration=iteration, score=score)
+        assert [chkpt.parse_name(path.name).iteration for path in store.list()] == [3, 4, 5, 7, 8]  # type: ignore[union-attr]
+    # The scores are in the files, so another process goes on with them.
+    with CheckpointStore(tmp_path, "r", keep_best=1) as store:
+        store.save_async({}, epoch=2, iteration=9, score=0.0)
+        assert [path.name for path in store.list()] == ["r_epoch_1_iter_5.pth", "r_epoch_2_iter_9.pth"]
+
+
+def test_a_damaged_file_is_not_the_best(tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path, "r", keep_best=1) as store:
+        best = store.save({}, epoch=1, iteration=1, score=2.0)
+        second = store.save({}, epoch=1, iteration=2, score=1.0)
+        damage(best)
+        last = store.save({}, epoch=1, iteration=3, score=0.0)
+        assert store.list() == [second, last]
+
+
+@pytest.mark.parametrize(
+    "wrong, error",
+    [
+        ({"keep_every": 2}, ValueError),
+        ({"keep_last": 1, "keep_every": 0}, ValueError),
+        ({"keep_best": True}, TypeError),
+    ],
+)
+def test_retention_arguments(wrong: dict[str, Any], error: type[Exception], tmp_path: Path) -> None:
+    with pytest.raises(error, match="keep_"):
+        CheckpointStore(tmp_path, "r", **wrong)
+
+
+@pytest.mark.parametrize("score, error", [("1", TypeError), (float("nan"), ValueError), (True, TypeError)])
+def test_scores_are_finite_numbers(score: Any, error: type[Exception], tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path, "r") as store:
+        for save in (store.save, store.save_async):
+            with pytest.raises(error, match="score"):
+                save({}, epoch=1, iteration=1, score=score)
+        assert store.list() == []
+
+
+def test_the_memory_that_states_are_copied_to_is_used_again(tmp_path: Path) -> None:
+    """Three saves of one size and one of a smaller share memory; what each holds is still that of its call."""
+    weights = torch.zeros(1000)
+    addresses: list[int] = []
+    with CheckpointStore(tmp_path, "r") as store:
+        for step in range(4):
+            weights.fill_(step)
+            part = weights if step < 3 else weights[:10]
+            path = store.save_async({"w": part, "tied": part[5:]}, epoch=1, iteration=step)
+            assert store._staging is not None
+            addresses.append(store._staging._buffer.data_ptr())
+            weights.fill_(-1)
+            store.wait()
+            loaded = chkpt.load(path)
+            assert torch.equal(loaded["w"], torch.full_like(part, step))  # type: ignore[arg-type]
+            assert loaded["tied"].data_ptr() - loaded["w"].data_ptr() == 20  # type: ignore[union-attr]
+    assert len(set(addresses)) == 1
+    assert store._staging is None

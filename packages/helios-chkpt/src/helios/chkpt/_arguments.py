@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -29,3 +30,15 @@ def check_bool(name: str, value: object) -> None:
     """TypeError unless `value` is a `bool`."""
     if type(value) is not bool:
         raise TypeError(f"{name}: expected bool, got {type(value).__name__}")
+
+
+def check_score(value: object) -> float | None:
+    """`value` as a float, or None; TypeError or ValueError unless it is a finite number."""
+    if value is None:
+        return None
+    if type(value) not in (int, float):
+        raise TypeError(f"score: expected float or None, got {type(value).__name__}")
+    assert isinstance(value, int | float)
+    if not math.isfinite(value):
+        raise ValueError(f"score: expected a finite number, got {value}")
+    return float(value)

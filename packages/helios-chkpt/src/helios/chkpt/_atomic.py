@@ -18,37 +18,41 @@ _MAX_TARGET_BYTES = 255 - len(".") - len(".0123456789abcdef.tmp")
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[IO[bytes]], None], before_replace: Callable[[IO[bytes]], None] | None = None
+) -> None:
     """Make `path` the file that `write` writes, durably; at any instant it is the old file or the new one.
 
     A symbolic link stays: what it points to is replaced. The mode is that of a new file: 0o666 less the
-    umask, whatever the old file had.
+    umask, whatever the old file had. `before_replace` gets the new file while the old one is still in its place.
 
     Raises:
         OSError: with its errno; the old file is as it was and nothing else is left in the folder.
         ValueError: there is something at `path` that is no regular file.
     """
     target = resolve(path)
-    try:
-        file, temp = _open_temp(target)
-    except FileNotFoundError:
-        message = "No such folder (it is not created)"
-        raise FileNotFoundError(errno.ENOENT, message, str(target.parent)) from None
-    with file:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, folder)
+            file, temp = _open_temp(target)
+        except FileNotFoundError:
+            message = "No such folder (it is not created)"
+            raise FileNotFoundError(errno.ENOENT, message, str(target.parent)) from None
+        stack.enter_context(file)
         try:
             write(file)
-            file.flush()
             os.fsync(file.fileno())
+            if before_replace is not None:
+                before_replace(file)
             temp.replace(target)
         except BaseException as error:
-            with contextlib.suppress(OSError):
-                file.close()  # what it still buffers meets the same error again
             with contextlib.suppress(OSError):
                 temp.unlink()
             if isinstance(error, OSError) and error.filename is None and error.errno is not None:
                 raise OSError(error.errno, error.strerror, str(path)) from error
             raise
-        _sync_folder(target.parent)  # the lock is held until here, so no sweeper saw an orphan
+        sync_folder(folder, target.parent)  # the lock is held until here, so no sweeper saw an orphan
 
 
 def resolve(path: Path) -> Path:
@@ -101,30 +105,32 @@ def sweep(temp: Path) -> bool:
 
 def _open_temp(target: Path) -> tuple[IO[bytes], Path]:
     """A new locked file beside `target`. A sweeper may delete it before it is locked: then another."""
-    stem = os.fsencode(target.name)[:_MAX_TARGET_BYTES].decode("utf-8", "ignore")
+    stem = target.name
+    if len(os.fsencode(stem)) > _MAX_TARGET_BYTES:
+        stem = os.fsencode(stem)[:_MAX_TARGET_BYTES].decode("utf-8", "ignore")
     while True:
         temp = target.with_name(f".{stem}.{secrets.token_hex(8)}.tmp")
         descriptor = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        file = os.fdopen(descriptor, "wb")
+        file = os.fdopen(descriptor, "w+b", buffering=0)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                file.close()
-                temp.unlink(missing_ok=True)
-                raise
-            return file, temp  # no locks here: then no sweeper gets one either, and none deletes anything
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in _NO_LOCKS:
+                return file, temp  # no locks here: then no sweeper gets one either, and none deletes anything
+            file.close()
+            temp.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, str(target)) from error
+            raise
         if os.fstat(descriptor).st_nlink:
             return file, temp
         file.close()
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def sync_folder(descriptor: int, folder: Path) -> None:
+    """Have the names in an open folder on the disk."""
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno != errno.EINVAL:  # a file system that cannot sync folders
-            raise
-    finally:
-        os.close(descriptor)
+            raise OSError(error.errno, error.strerror, str(folder)) from error

@@ -54,4 +54,6 @@ class VersionTooOldError(CheckpointError):
 
 def explain(path: Path, found: str, expected: str, remedy: str) -> str:
     """The four parts that the message of every error about a file has."""
+    # Text of the file is in it: no control character gets to somebody's terminal.
+    found = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in found)
     return f"{path}: found {found}; expected {expected}. {remedy}"

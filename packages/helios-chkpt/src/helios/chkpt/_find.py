@@ -7,11 +7,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helios.chkpt._arguments import as_path
-from helios.chkpt._errors import CheckpointError
+from helios.chkpt._errors import CheckpointError, VersionTooNewError, VersionTooOldError
 from helios.chkpt._naming import CheckpointName, check_text, parse_name
-from helios.chkpt._read import verify
+from helios.chkpt._read import load, verify
+
+if TYPE_CHECKING:
+    from helios.chkpt._materialise import MapLocation
 
 _LOGGER = logging.getLogger("helios.chkpt")
 
@@ -28,7 +32,7 @@ class Found:
 def find_last_checkpoint(
     root: str | os.PathLike[str], run_name: str | None = None, *, safe_types: Sequence[type] = ()
 ) -> Path | None:
-    """The checkpoint directly in `root` with the highest (epoch, iteration) that passes `verify`.
+    """The checkpoint directly in `root` with the highest (epoch, iteration) that passes ``verify(digests=False)``.
 
     Of several with the same numbers the one changed last counts. Each file that is skipped is reported, with
     the reason, as a warning of the logger ``helios.chkpt``. A whole file of another release counts, so that
@@ -52,6 +56,43 @@ def find_last_checkpoint(
         check_run_name(run_name)
     candidates = (found.path for found in reversed(listed(folder, run_name)))
     return next((path for path in candidates if verifies(path, safe_types)), None)
+
+
+def load_last_checkpoint(
+    root: str | os.PathLike[str],
+    run_name: str | None = None,
+    *,
+    map_location: MapLocation = None,
+    safe_types: Sequence[type] = (),
+) -> tuple[Path, dict[str, object]] | None:
+    """The checkpoint that `find_last_checkpoint` finds, loaded: each file is read once, verified while it is.
+
+    Args:
+        root: the folder.
+        run_name: look at this run only; None for all.
+        map_location: as for `load`.
+        safe_types: as for `load`.
+
+    Returns:
+        Path and content, or None if there is none.
+
+    Raises:
+        VersionTooOldError, VersionTooNewError: the last one that is whole is of another release.
+        NotADirectoryError, OSError, TypeError, ValueError: as `find_last_checkpoint`.
+        RuntimeError: from torch, if `map_location` names a device that is not there.
+    """
+    folder = as_path("root", root)
+    if run_name is not None:
+        check_run_name(run_name)
+    for found in reversed(listed(folder, run_name)):
+        try:
+            return found.path, load(found.path, map_location=map_location, safe_types=safe_types)
+        except (VersionTooOldError, VersionTooNewError):
+            if verifies(found.path, safe_types):
+                raise
+        except (CheckpointError, OSError) as error:
+            _report(found.path, error)
+    return None
 
 
 def check_run_name(run_name: object) -> None:
@@ -82,8 +123,12 @@ def listed(folder: Path, run_name: str | None) -> list[Found]:
 def verifies(path: Path, safe_types: Sequence[type] = ()) -> bool:
     """Whether `path` passes `verify`; the reason why not is logged."""
     try:
-        verify(path, safe_types=safe_types)
+        verify(path, safe_types=safe_types, digests=False)
     except (CheckpointError, OSError) as error:
-        _LOGGER.warning("skipped %s: %s: %s", path, type(error).__name__, error)
+        _report(path, error)
         return False
     return True
+
+
+def _report(path: Path, error: Exception) -> None:
+    _LOGGER.warning("skipped %s: %s: %s", path, type(error).__name__, error)

@@ -79,7 +79,7 @@ def parse_name(filename: str) -> CheckpointName | None:
     match = _PATTERN.fullmatch(filename)
     if match is None or _bad_character(filename) is not None:
         return None
-    if len(filename.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
+    if _num_bytes(filename) > MAX_NAME_BYTES:
         return None
     run_name, epoch, iteration, metadata = match.groups()
     return CheckpointName(run_name, int(epoch), int(iteration), metadata or "")
@@ -98,6 +98,13 @@ def check_text(name: str, value: object) -> None:
         os.fsencode(value)
     except UnicodeEncodeError as error:
         raise ValueError(f"{name}: {value!r} cannot be part of a file name: {error.reason}") from None
+
+
+def _num_bytes(filename: str) -> int:
+    try:
+        return len(os.fsencode(filename))
+    except UnicodeEncodeError:  # no file has such a name
+        return len(filename.encode("utf-8", "surrogatepass"))
 
 
 def _bad_character(text: str) -> str | None:

@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import os
-import pickle
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
-
-import torch
+from typing import IO, TYPE_CHECKING, cast
 
 from helios.chkpt._arguments import as_path, check_bool
-from helios.chkpt._container import read_pickle
-from helios.chkpt._errors import (
-    CheckpointError,
-    CorruptError,
-    NotACheckpointError,
-    UnsafeError,
-    VersionTooNewError,
-    VersionTooOldError,
-    explain,
-)
-from helios.chkpt._peek import peek
-from helios.chkpt._versions import check_version
+from helios.chkpt._errors import CheckpointError, NotACheckpointError, UnsafeError, explain
+from helios.chkpt._format.archive import Archive, check_records, open_archive, open_file
+from helios.chkpt._format.decode import KNOWN, Decoded, MalformedError, decode
+from helios.chkpt._format.manifest import SCHEMA
+from helios.chkpt._format.scan import names_in
+from helios.chkpt._format.torch_zip import corrupt
+from helios.chkpt._versions import MAJOR, check_version, major_of, too_new
 
-MapLocation = (
-    Callable[[torch.types.Storage, str], torch.types.Storage] | torch.device | str | dict[str, str] | None
-)
-"""What `torch.load` takes as ``map_location``."""
+if TYPE_CHECKING:
+    from helios.chkpt._materialise import MapLocation
 
-_REFUSED = re.compile(r"GLOBAL (\S+)")
-_FAMILIES = frozenset(
-    {"helios", "pathlib", "torch", "collections"}
-)  # what releases of Helios had in their files
+# Modules of what releases of Helios had in their files.
+_FAMILIES = frozenset({"helios", "pathlib"})
 _LEGACY_KEYS = frozenset({"training_state", "model", "rng"})
 
 
@@ -44,17 +32,21 @@ def load(
     mmap: bool | None = None,
     verify: bool = True,
     safe_types: Sequence[type] = (),
+    keys: Iterable[str] | None = None,
 ) -> dict[str, object]:
     """Read a checkpoint.
+
+    The structure of the file, its manifest and its pickle are always checked.
 
     Args:
         path: the file.
         map_location: where tensors go, as for `torch.load`; checkpoints hold CPU tensors.
-        mmap: map the tensors instead of reading them; None is `torch.load`'s default. The file must not be
-            changed in place while they are in use (`save` never does that).
-        verify: read the whole file first and compare its CRCs. The rest of the container is always checked.
+        mmap: map the tensors instead of reading them; None is False. The file must not be changed in place
+            while they are in use (`save` never does that).
+        verify: compare the CRC-32 of every record that is read.
         safe_types: classes that may be made from the file in addition to plain values and tensors, in this
             call only.
+        keys: read these keys of the dictionary only, and only their tensors; None reads all.
 
     Returns:
         What was saved, with the key ``version`` added.
@@ -62,25 +54,43 @@ def load(
     Raises:
         FileNotFoundError, IsADirectoryError, OSError: the file cannot be read.
         CheckpointError: one of its subclasses, by what is wrong with the file.
+        KeyError: the file has no such key.
         TypeError, ValueError: a wrong argument.
         RuntimeError: from torch, if `map_location` names a device that is not there.
     """
+    from helios.chkpt._materialise import materialise  # torch: not needed to verify or to inspect
+
     target = as_path("path", path)
     check_bool("verify", verify)
     if mmap is not None:
         check_bool("mmap", mmap)
-    _check_types(safe_types)
-    with open_regular(target) as file:
-        state = read_state(file, target, map_location, mmap, crc=verify, safe_types=safe_types)
-    check_version(state.get("version"), target, present="version" in state)
-    return state
+    types = check_types(safe_types)
+    with open_file(target) as file:
+        contents = read_contents(file, target)
+        contents.check(types)
+        values = contents.values if keys is None else _chosen(contents.values, keys, target)
+        state = materialise(
+            values,
+            file,
+            contents.archive,
+            map_location=map_location,
+            mmap=bool(mmap),
+            verify=verify,
+            safe_types=safe_types,
+        )
+    return cast("dict[str, object]", state)
 
 
-def verify(path: str | os.PathLike[str], *, safe_types: Sequence[type] = ()) -> None:
-    """Check that a file is a whole checkpoint: every CRC, and that it loads; tensors are mapped, not read in.
+def verify(path: str | os.PathLike[str], *, safe_types: Sequence[type] = (), digests: bool = True) -> None:
+    """Check that a file is a whole checkpoint: its structure, every record, and what its pickle says.
 
     The version is not judged: a file of another major release that is whole passes, and `load` says what to
-    do with it.
+    do with it. Does not import torch.
+
+    Args:
+        path: the file.
+        safe_types: as for `load`.
+        digests: compare the SHA-256 of every record; otherwise only the CRC-32, which is three times as fast.
 
     Raises:
         FileNotFoundError, IsADirectoryError, OSError: the file cannot be read.
@@ -88,105 +98,137 @@ def verify(path: str | os.PathLike[str], *, safe_types: Sequence[type] = ()) -> 
         TypeError, ValueError: `path` is no path.
     """
     target = as_path("path", path)
-    _check_types(safe_types)
-    with open_regular(target) as file:
-        try:
-            read_state(file, target, "cpu", True, crc=True, safe_types=safe_types)
-        except (VersionTooOldError, VersionTooNewError):
-            return
+    check_bool("digests", digests)
+    types = check_types(safe_types)
+    with open_file(target) as file:
+        contents = read_contents(file, target)
+        check_records(file, contents.archive, digests=digests)
+    if not contents.is_of_other_release(types):
+        contents.check_safe(types)
 
 
-def _check_types(safe_types: object) -> None:
+def read_score(path: Path) -> float | None:
+    """The score that was noted in a file; None if there is none, or the file cannot be read."""
+    try:
+        with open_file(path) as file:
+            manifest = open_archive(file, path).manifest
+    except (CheckpointError, OSError):
+        return None
+    return None if manifest is None else manifest.score
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in a file, read but not believed: `check` says whether it may be loaded.
+
+    Attributes:
+        archive: the file.
+        values: the dictionary, described.
+        foreign: names of classes and functions in it that are neither plain values nor tensors.
+    """
+
+    archive: Archive
+    values: dict[object, object]
+    foreign: tuple[str, ...]
+
+    @property
+    def version(self) -> object:
+        """The value under the key ``version``, None if there is none."""
+        return self.values.get("version")
+
+    @property
+    def is_newer(self) -> bool:
+        """Whether a later major release wrote the file. Then nothing else is known of it."""
+        return self.archive.manifest is not None and self.archive.manifest.schema > SCHEMA
+
+    def is_of_other_release(self, types: frozenset[str]) -> bool:
+        """Whether the file is one that `load` refuses by its version, whatever else is in it."""
+        if self.is_newer:
+            return True
+        if major_of(self.version) == MAJOR:
+            return False  # then nothing excuses what is not plain
+        strange = set(self.foreign) - types
+        families = {name.partition(".")[0] for name in strange}
+        names = {str(key) for key in self.values if type(key) is str}
+        return bool(strange) and families <= _FAMILIES and ("helios" in families or names >= _LEGACY_KEYS)
+
+    def check(self, types: frozenset[str]) -> None:
+        """Raise unless this release can load the file: a subclass of `CheckpointError`."""
+        path = self.archive.path
+        if self.is_newer:
+            assert self.archive.manifest is not None
+            raise too_new(self.archive.manifest.version, path)
+        if self.is_of_other_release(types):
+            is_present = any(_text(key) == "version" for key in self.values)
+            version = next((v for k, v in self.values.items() if _text(k) == "version"), None)
+            check_version(version, path, present=is_present)
+        self.check_safe(types)
+        check_version(self.version, path, present="version" in self.values)
+
+    def check_safe(self, types: frozenset[str]) -> None:
+        """UnsafeError if there is more in the file than plain values, tensors and these types."""
+        strange = [name for name in self.foreign if name not in types]
+        if strange:
+            raise _unsafe(self.archive.path, strange)
+
+
+def read_contents(file: IO[bytes], path: Path) -> Contents:
+    """What an open file holds; tensors are not looked at.
+
+    Raises:
+        CheckpointError: it is not the file of a dictionary, or damaged, or its pickle is none of ours.
+    """
+    archive = open_archive(file, path)
+    if archive.manifest is not None and archive.manifest.schema > SCHEMA:
+        return Contents(archive, {}, ())
+    decoded = _decoded(archive)
+    if type(decoded.value) is not dict:
+        if decoded.foreign:
+            raise _unsafe(path, decoded.foreign)
+        found = f"a {type(decoded.value).__name__}"
+        raise NotACheckpointError(explain(path, found, "a dict", "Use torch.load for it."))
+    return Contents(archive, decoded.value, decoded.foreign)
+
+
+def check_types(safe_types: object) -> frozenset[str]:
+    """The names of classes as a pickle has them; TypeError unless they are a sequence of classes."""
     if isinstance(safe_types, str) or not isinstance(safe_types, Sequence):
         raise TypeError(f"safe_types: expected a sequence of classes, got {type(safe_types).__name__}")
     for kind in safe_types:
         if not isinstance(kind, type):
             raise TypeError(f"safe_types: expected classes, got {kind!r}")
+    return frozenset(f"{kind.__module__}.{kind.__qualname__}" for kind in safe_types)
 
 
-def open_regular(path: Path) -> IO[bytes]:
-    """Open a regular file for reading; does not wait for the writer of a pipe."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    file = os.fdopen(descriptor, "rb")  # raises IsADirectoryError
-    if not file.seekable():
-        file.close()
-        raise NotACheckpointError(explain(path, "no regular file", "a checkpoint file", "Check the path."))
-    return file
-
-
-def read_state(
-    file: IO[bytes],
-    path: Path,
-    map_location: MapLocation,
-    mmap: bool | None,
-    *,
-    crc: bool,
-    safe_types: Sequence[type],
-) -> dict[str, object]:
-    """The dictionary in an open file, whatever its version says, as long as only plain values are in it.
-
-    Raises:
-        CheckpointError: version errors only for files of other releases that hold more than plain values.
-    """
-    data = read_pickle(file, path, crc=crc)
+def _decoded(archive: Archive) -> Decoded:
     try:
-        state = _unpickle(file, map_location, mmap, safe_types)
-    except (OSError, MemoryError):
-        raise
-    except pickle.UnpicklingError as error:
-        raise _refusal(file, path, data, str(error)) from error
-    except Exception as error:
-        if map_location != "cpu" and _loads_to_cpu(file, safe_types):
-            raise  # the file is good: what was asked for is not possible here
-        remedy = "Restore it from a copy, or go back to an earlier checkpoint."
-        found = f"a content that does not load ({type(error).__name__}: {error})"
-        raise CorruptError(explain(path, found, "tensors and plain values", remedy)) from error
-    if type(state) is not dict:
-        found = f"a {type(state).__name__}"
-        raise NotACheckpointError(explain(path, found, "a dict", "Use torch.load for it."))
-    return cast("dict[str, object]", state)
+        return decode(archive.pickle, {key: record.num_bytes for key, record in archive.storages.items()})
+    except MalformedError as error:
+        if "nested" not in str(error):
+            strange = [name for name in names_in(archive.pickle) if name not in KNOWN]
+            if strange:
+                raise _unsafe(archive.path, strange) from error
+        raise corrupt(archive.path, str(error), "a pickle of tensors and plain values") from error
 
 
-def _unpickle(
-    file: IO[bytes], map_location: MapLocation, mmap: bool | None, safe_types: Sequence[type]
-) -> object:
-    # safe_globals takes away on exit what it was given: not what the caller allowed globally before.
-    known = torch.serialization.get_safe_globals()
-    extra: list[Callable[..., Any] | tuple[Callable[..., Any], str]]
-    extra = [kind for kind in safe_types if kind not in known]
-    # torch maps by path only. This one names the file that was checked, even if `path` was replaced since.
-    source = f"/dev/fd/{file.fileno()}" if mmap else file
-    file.seek(0)
-    with torch.serialization.safe_globals(extra):
-        return torch.load(source, map_location=map_location, mmap=mmap, weights_only=True)
+def _chosen(values: dict[object, object], keys: Iterable[str], path: Path) -> dict[object, object]:
+    if isinstance(keys, str):
+        raise TypeError("keys: expected several keys, got a str")
+    wanted = list(keys)
+    missing = [key for key in wanted if key not in values]
+    if missing:
+        raise KeyError(
+            f"{path} has no key {missing[0]!r}; it has {[key for key in values if type(key) is str]}"
+        )
+    return {key: values[key] for key in wanted}
 
 
-def _loads_to_cpu(file: IO[bytes], safe_types: Sequence[type]) -> bool:
-    try:
-        _unpickle(file, "cpu", True, safe_types)
-    except Exception:  # torch's loader has no common error
-        return False
-    return True
+def _text(key: object) -> object:
+    """The text that an enum member is made of, for keys of files of earlier releases."""
+    args = getattr(key, "args", None)
+    return args[0] if isinstance(args, tuple) and len(args) == 1 else key
 
 
-def _refusal(file: IO[bytes], path: Path, data: bytes, message: str) -> CheckpointError:
-    """The error for a pickle that torch refuses: written by another release, or unsafe."""
-    seen = peek(data)
-    try:
-        file.seek(0)
-        refused = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception:  # opcodes it does not know; then torch's message has to do
-        refused = []
-    if seen is not None and refused and all(name.partition(".")[0] in _FAMILIES for name in refused):
-        helios = any(name.startswith("helios.") for name in refused) or seen.keys >= _LEGACY_KEYS
-        try:
-            if seen.version is not None or helios:
-                check_version(seen.version, path, present="version" in seen.keys)
-        except CheckpointError as error:
-            return error
-    match = _REFUSED.search(message)
-    found = (
-        f"the global {match.group(1)}" if match else f"a pickle that is more than data ({message[-200:]!r})"
-    )
+def _unsafe(path: Path, names: Sequence[str]) -> CheckpointError:
     remedy = "Nothing of the file was run. If you trust it and the type is your own, pass it in safe_types."
-    return UnsafeError(explain(path, found, "plain values and tensors only", remedy))
+    return UnsafeError(explain(path, f"the global {names[0]:.200}", "plain values and tensors only", remedy))

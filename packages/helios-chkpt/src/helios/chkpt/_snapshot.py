@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import codecs
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from helios.chkpt import _tensors
+from helios.chkpt._format.values import Call, Tensor
 
 MAX_DEPTH = 100
-"""Containers within containers that a state may have: torch's pickler recurses and fails near 490."""
+"""Containers within containers that a state may have: what `torch.load` makes of it is walked recursively."""
 
-TOO_DEEP = "state: nested too deep for what the caller left of the interpreter's stack; flatten it"
+_TOO_DEEP = "state: nested too deep for what the caller left of the interpreter's stack; flatten it"
 
 _MAX_TEXT = 2**30  # pickled text has a length of four bytes, and up to four bytes a character
 _MAX_INT_BITS = 255 * 8 - 1  # a pickled int has a length of one byte, and a sign
@@ -23,16 +24,6 @@ _ATOMS = (bool, float, complex, type(None))
 _PLAIN = (
     "dict, OrderedDict, Counter, list, tuple, str, bytes, bool, int, float, complex, None and torch.Tensor"
 )
-
-
-class _EmptyBytes:
-    """Stands for ``b""``, which torch.save would write as a call that weights_only refuses."""
-
-    def __reduce__(self) -> tuple[Callable[[str, str], bytes], tuple[str, str]]:
-        return codecs.encode, ("", "latin1")
-
-
-_EMPTY_BYTES = _EmptyBytes()
 
 
 class _Place(NamedTuple):
@@ -55,12 +46,24 @@ class _Place(NamedTuple):
         return "".join(reversed(pieces))
 
 
-def snapshot(state: Mapping[str, object], *, copy: bool = False) -> dict[str, object]:
-    """What `save` stores of `state`: new containers around tensors that are ready to be written.
+@dataclass(frozen=True)
+class Snapshot:
+    """A state as it is stored.
+
+    Attributes:
+        values: what the pickle says, see `helios.chkpt._format.values`.
+        pieces: the records that tensors are in: storage ``n`` is ``pieces[n]``.
+    """
+
+    values: dict[str, object]
+    pieces: list[_tensors.Piece]
+
+
+def snapshot(state: Mapping[str, object]) -> Snapshot:
+    """What `save` stores of `state`: new containers around descriptions of its tensors, which are not copied.
 
     Args:
         state: a mapping with text keys; values as the README lists them.
-        copy: copy every tensor's bytes. Without it the result shares memory with `state` where it can.
 
     Raises:
         TypeError: a value is not plain; the message says where it is.
@@ -75,11 +78,13 @@ def snapshot(state: Mapping[str, object], *, copy: bool = False) -> dict[str, ob
             raise TypeError(f"state: expected str keys, got the key {key!r} of type {_name(key)}")
     walk = _Walk()
     try:
-        stored = {key: walk.value(value, _Place(None, key), 1) for key, value in items.items()}
+        values = {key: walk.value(value, _Place(None, key), 1) for key, value in items.items()}
     except RecursionError:
-        raise ValueError(TOO_DEEP) from None
-    _tensors.fill_shells(walk.leaves, copy=copy)
-    return stored
+        raise ValueError(_TOO_DEEP) from None
+    pieces = _tensors.pieces_of(walk.leaves)
+    for call in walk.quantised:
+        _tensors.complete_quantised(call)
+    return Snapshot(values, pieces)
 
 
 class _Walk:
@@ -87,6 +92,7 @@ class _Walk:
 
     def __init__(self) -> None:
         self.leaves: list[_tensors.Leaf] = []
+        self.quantised: list[Call] = []
         self._done: dict[int, object] = {}
         self._open: set[int] = set()
 
@@ -140,20 +146,31 @@ class _Walk:
                 stored.__dict__[name] = self.value(item, here, depth + 1)
         return stored
 
-    def _tensor(self, tensor: torch.Tensor, place: _Place) -> torch.Tensor:
-        known = self._done.get(id(tensor))
-        if isinstance(known, torch.Tensor):
-            return known
+    def _tensor(self, tensor: torch.Tensor, place: _Place) -> object:
+        if id(tensor) in self._done:
+            return self._done[id(tensor)]
         reason = _tensors.unsupported(tensor)
         if reason is not None:
             raise TypeError(f"{place}: {reason}")
+        stored: object
         if tensor.layout is not torch.strided:
-            stored = _tensors.stored_sparse(tensor)
+            parts, stored = _tensors.sparse_parts(tensor)
+            _tensors.complete_sparse(stored, [self._leaf(part, f"{place}.{name}") for name, part in parts])
+        elif tensor.is_quantized:
+            params = [
+                self._leaf(param, str(place)) if isinstance(param, torch.Tensor) else param
+                for param in _tensors.quantisation(tensor)
+            ]
+            stored = _tensors.quantised_call(self._leaf(tensor, str(place)), tuple(params))
+            self.quantised.append(stored)
         else:
-            self.leaves.append(_tensors.leaf_of(tensor, str(place)))
-            stored = self.leaves[-1].shell
+            stored = self._leaf(tensor, str(place))
         self._done[id(tensor)] = stored
         return stored
+
+    def _leaf(self, tensor: torch.Tensor, path: str) -> Tensor:
+        self.leaves.append(_tensors.leaf_of(tensor, path))
+        return self.leaves[-1].stored
 
 
 def _key(key: object, place: _Place, depth: int) -> object:
@@ -188,7 +205,7 @@ def _sized(value: object, place: _Place) -> object:
             f"{place}: {_name(value)} of length {len(value)} cannot be stored, at most {_MAX_TEXT}; "
             "store a uint8 tensor"
         )
-    return _EMPTY_BYTES if value == b"" else value
+    return value
 
 
 def _numpy_number(value: object) -> object:

@@ -10,14 +10,18 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from helios.chkpt._arguments import as_path, check_count
+from helios.chkpt._arguments import as_path, check_score
 from helios.chkpt._atomic import orphans, sweep
-from helios.chkpt._find import Found, check_run_name, find_last_checkpoint, listed, verifies
+from helios.chkpt._find import check_run_name, find_last_checkpoint, listed, verifies
 from helios.chkpt._naming import CheckpointName, format_name, parse_name
-from helios.chkpt._read import verify
-from helios.chkpt._write import prepared, write_snapshot
+from helios.chkpt._read import read_score, verify
+from helios.chkpt._retention import Candidate, Retention, deletable
+from helios.chkpt._write import write_state
+
+if TYPE_CHECKING:
+    from helios.chkpt._memory import Staging, State
 
 _LOGGER = logging.getLogger("helios.chkpt")
 
@@ -34,28 +38,45 @@ class CheckpointStore:
         root: the folder; created with its parents.
         run_name: the run whose files these are; files of other runs are left alone.
         keep_last: keep this many good checkpoints and delete older ones after each save; None keeps all.
+        keep_every: of the older ones, keep those whose iteration is a multiple of this.
+        keep_best: of the older ones, keep this many: those of the highest scores.
 
     Raises:
         TypeError, ValueError: a wrong argument.
         OSError: the folder cannot be made or read.
     """
 
-    def __init__(self, root: str | os.PathLike[str], run_name: str, keep_last: int | None = None) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        run_name: str,
+        keep_last: int | None = None,
+        *,
+        keep_every: int | None = None,
+        keep_best: int | None = None,
+    ) -> None:
         self._root = as_path("root", root)
         check_run_name(run_name)
-        if keep_last is not None:
-            check_count("keep_last", keep_last, at_least=1)
         format_name(CheckpointName(run_name, 0, 0))
         self._run_name = run_name
-        self._keep_last = keep_last
+        self._retention = Retention(keep_last, keep_every, keep_best)
         self._job: _Job | None = None
+        self._staging: Staging | None = None
         self._closed = False
         self._newest: Path | None = None
         self._verified: dict[Path, tuple[int, ...]] = {}
         self._root.mkdir(parents=True, exist_ok=True)
         self._sweep()
 
-    def save(self, state: Mapping[str, object], *, epoch: int, iteration: int, metadata: str = "") -> Path:
+    def save(
+        self,
+        state: Mapping[str, object],
+        *,
+        epoch: int,
+        iteration: int,
+        metadata: str = "",
+        score: float | None = None,
+    ) -> Path:
         """Save like `helios.chkpt.save`, under the name of this run, epoch and iteration; then prune.
 
         A file of the same epoch, iteration and metadata is replaced; one with other metadata stays.
@@ -65,6 +86,7 @@ class CheckpointStore:
             epoch: part of the name, from 0.
             iteration: part of the name, from 0.
             metadata: end of the name, empty for none.
+            score: how good the checkpoint is, higher is better: for `keep_best`. It is noted in the file.
 
         Returns:
             The path of the file.
@@ -74,18 +96,27 @@ class CheckpointStore:
                 and then this state was not saved.
             CheckpointError: with `keep_last`, the new file did not pass `verify`; nothing was deleted.
         """
+        from helios.chkpt._memory import stated  # torch: not needed to list, find and prune
+
         self.wait()
         path = self._path(epoch, iteration, metadata)
-        self._write(prepared(state), path)
+        self._write(stated(state), path, check_score(score), in_background=False)
         return path
 
     def save_async(
-        self, state: Mapping[str, object], *, epoch: int, iteration: int, metadata: str = ""
+        self,
+        state: Mapping[str, object],
+        *,
+        epoch: int,
+        iteration: int,
+        metadata: str = "",
+        score: float | None = None,
     ) -> Path:
         """As `save`, but return once the state is copied; a thread writes it.
 
         `state` may be changed as soon as this returns. An earlier save is waited for. At the exit of the
-        interpreter the save is finished first.
+        interpreter the save is finished first. The copy is kept until `close` and used again, so the second
+        call and those after it cost one copy of the state and no new memory.
 
         Returns:
             The path that the file will have. It is there, durably, after `wait`.
@@ -94,11 +125,15 @@ class CheckpointStore:
             TypeError, ValueError: as `save`, at once.
             Exception: the error of an earlier `save_async`; then this state was not saved.
         """
+        from helios.chkpt._memory import Staging  # as in `save`
+
         self.wait()
         path = self._path(epoch, iteration, metadata)
-        stored = prepared(state, copy=True)
-        self._job = _Job(self, stored, path)
-        self._job.start()
+        if self._staging is None:
+            self._staging = Staging()
+        job = _Job(self, self._staging.staged(state), path, check_score(score))
+        job.start()
+        self._job = job
         return path
 
     def last(self) -> Path | None:
@@ -112,9 +147,10 @@ class CheckpointStore:
         return [found.path for found in listed(self._root, self._run_name)]
 
     def prune(self) -> builtins.list[Path]:
-        """Delete all but the `keep_last` newest checkpoints that verify, and return what was deleted.
+        """Delete what `keep_last`, `keep_every` and `keep_best` do not keep, and return what was deleted.
 
-        With fewer good ones, or without `keep_last`, nothing is deleted; never what this store saved last.
+        With fewer good ones than `keep_last`, or if neither it nor `keep_best` is set, nothing is deleted; never
+        what this store saved last.
         """
         self.wait()
         return self._prune()
@@ -128,9 +164,10 @@ class CheckpointStore:
         """
         if self._closed:
             raise ValueError(f"the store of run {self._run_name!r} is closed; make a new one")
-        job, self._job = self._job, None
+        job = self._job
         if job is not None:
-            job.join()
+            job.join()  # an interrupt here leaves the job: it still reads the staging buffer
+            self._job = None
             if job.error is not None:
                 raise job.error
 
@@ -142,6 +179,7 @@ class CheckpointStore:
                 self._sweep()
             finally:
                 self._closed = True
+                self._staging = None
 
     def __enter__(self) -> Self:
         return self
@@ -162,7 +200,7 @@ class CheckpointStore:
         Not only at the start: worker processes that a killed writer had forked inherit its lock, and live on
         for some seconds.
         """
-        with contextlib.suppress(FileNotFoundError):  # the folder is gone: whoever saves next will say so
+        with contextlib.suppress(OSError):  # the folder is gone, or worse: whoever saves next will say so
             for temp, target in orphans(self._root):
                 if _is_of_run(target, self._run_name) and sweep(temp):
                     _LOGGER.info("deleted %s, left by a writer that was killed", temp)
@@ -170,27 +208,34 @@ class CheckpointStore:
     def _path(self, epoch: int, iteration: int, metadata: str) -> Path:
         return self._root / format_name(CheckpointName(self._run_name, epoch, iteration, metadata))
 
-    def _write(self, stored: dict[str, object], path: Path) -> None:
-        write_snapshot(stored, path)
+    def _write(self, state: State, path: Path, score: float | None, *, in_background: bool) -> None:
+        write_state(state, path, score=score, in_background=in_background)
         self._newest = path
         self._sweep()
-        if self._keep_last is not None:
-            verify(path)
-            self._verified[path] = _identity(path)
+        if self._retention.deletes:
+            try:
+                verify(path, digests=False)
+                self._verified[path] = _identity(path)
+            except FileNotFoundError:
+                # Another process that keeps this run has newer ones. Nothing of ours is a reason to delete then.
+                _LOGGER.warning("%s was deleted by somebody else as soon as it was saved", path)
+                return
             self._prune()
 
     def _prune(self) -> builtins.list[Path]:
-        if self._keep_last is None:
+        if not self._retention.deletes:
             return []
-        deleted: list[Path] = []
-        num_good = 0
-        for found in reversed(listed(self._root, self._run_name)):
-            if num_good >= self._keep_last:
-                if found.path != self._newest and self._delete(found):
-                    deleted.append(found.path)
-            elif self._is_good(found.path):
-                num_good += 1
-        return deleted[::-1]
+        newest_first = [
+            Candidate(f.path, f.name.iteration) for f in reversed(listed(self._root, self._run_name))
+        ]
+        found = deletable(newest_first, self._retention, is_good=self._is_good, score=read_score)
+        # A link that is kept is nothing without the file that it leads to.
+        kept = {os.path.realpath(c.path) for c in newest_first if c.path not in found}
+        return [
+            path
+            for path in reversed(found)
+            if path != self._newest and os.path.realpath(path) not in kept and self._delete(path)
+        ]
 
     def _is_good(self, path: Path) -> bool:
         """Whether a file verifies; one that did and has not changed is not read again."""
@@ -205,12 +250,12 @@ class CheckpointStore:
             return True
         return False
 
-    def _delete(self, found: Found) -> bool:
-        self._verified.pop(found.path, None)
+    def _delete(self, path: Path) -> bool:
+        self._verified.pop(path, None)
         try:
-            found.path.unlink()
+            path.unlink()
         except OSError as error:  # the new checkpoint is safe, so training need not stop for this
-            _LOGGER.warning("could not delete %s: %s", found.path, error)
+            _LOGGER.warning("could not delete %s: %s", path, error)
             return False
         return True
 
@@ -218,22 +263,24 @@ class CheckpointStore:
 class _Job(threading.Thread):
     """One save in the background. Not a daemon: the interpreter finishes it before it exits."""
 
-    def __init__(self, store: CheckpointStore, stored: dict[str, object], path: Path) -> None:
+    def __init__(self, store: CheckpointStore, state: State, path: Path, score: float | None) -> None:
         super().__init__(name=f"save {path.name}", daemon=False)
         self._store = store
-        self._stored = stored
+        self._state: State | None = state
         self._path = path
+        self._score = score
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self._store._write(self._stored, self._path)
+            assert self._state is not None
+            self._store._write(self._state, self._path, self._score, in_background=True)
         except BaseException as error:
             self.error = error
             # Also logged, since nobody may ask again.
             _LOGGER.error("%s was not saved: %s: %s", self._path, type(error).__name__, error)
         finally:
-            self._stored = {}
+            self._state = None
 
 
 def _identity(path: Path) -> tuple[int, ...]:

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import functools
-import io
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from helios.chkpt._format.dtypes import ITEM_BYTES, STORAGE_CLASSES
+from helios.chkpt._format.values import Call, Global, Storage, Tensor
 from helios.chkpt._spans import Component, components
 
-_SPARSE = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+_COMPRESSED = {
+    torch.sparse_csr: ("crow_indices", "col_indices"),
+    torch.sparse_bsr: ("crow_indices", "col_indices"),
+    torch.sparse_csc: ("ccol_indices", "row_indices"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices"),
+}
+_QUANTISED = {"qint8", "quint8", "qint32"}
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A strided tensor of the state and the empty shell that becomes its stored form.
+    """A strided tensor of the state and what describes it in the snapshot.
 
     Attributes:
         path: where the tensor is in the state, for messages.
         source: the tensor, detached.
-        shell: an empty CPU tensor of the same dtype, already in its place in the snapshot.
+        stored: its description, without storage until `pieces_of` has seen all leaves.
         space: what `start` counts in: two leaves overlap only within one space.
         start: its first byte. On the CPU an address, so that two storages over one memory are seen as tied.
         stop: one past its last byte; equal to `start` if it has no elements.
@@ -29,10 +36,32 @@ class Leaf:
 
     path: str
     source: torch.Tensor
-    shell: torch.Tensor
+    stored: Tensor
     space: object
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes that become one record: those of a tensor, or of several that overlap.
+
+    Attributes:
+        leaves: the tensors, in the order of the state.
+        start: first byte in their space.
+        stop: one past the last byte.
+        is_packed: only what the tensors, all one view with holes, show is stored.
+    """
+
+    leaves: tuple[Leaf, ...]
+    start: int
+    stop: int
+    is_packed: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the record."""
+        return int(self.leaves[0].source.nbytes) if self.is_packed else self.stop - self.start
 
 
 def unsupported(tensor: torch.Tensor) -> str | None:
@@ -41,30 +70,17 @@ def unsupported(tensor: torch.Tensor) -> str | None:
         return "a tensor on the meta device has no values; materialise it before saving"
     if tensor.is_nested:
         return "nested tensors are not supported; store their unbind() as a list"
-    if tensor.is_quantized:
-        return "quantised tensors are not supported; store int_repr(), q_scale() and q_zero_point()"
-    if tensor.layout is not torch.strided and tensor.layout not in _SPARSE:
+    if tensor.layout not in (torch.strided, torch.sparse_coo, *_COMPRESSED):
         return f"the layout {tensor.layout} is not supported; store to_dense()"
-    if not _dtype_loads(tensor.dtype):
-        return f"this torch cannot store {tensor.dtype}; view it as torch.uint8"
+    name = dtype_name(tensor.dtype)
+    if name not in ITEM_BYTES or (tensor.is_quantized and name not in _QUANTISED):
+        return f"{tensor.dtype} cannot be stored; view it as torch.uint8"
     return None
 
 
-@functools.cache
-def _dtype_loads(dtype: torch.dtype) -> bool:
-    buffer = io.BytesIO()
-    try:
-        torch.save(torch.empty(0, dtype=dtype, device="cpu"), buffer)
-        buffer.seek(0)
-        torch.load(buffer, weights_only=True)
-    except Exception:  # torch has no common error for this, and any of them means no
-        return False
-    return True
-
-
-def stored_sparse(tensor: torch.Tensor) -> torch.Tensor:
-    """The stored form of a sparse tensor: a copy, tied to nothing."""
-    return tensor.detach().cpu().clone()
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as ``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def leaf_of(tensor: torch.Tensor, path: str) -> Leaf:
@@ -77,9 +93,13 @@ def leaf_of(tensor: torch.Tensor, path: str) -> Leaf:
     if source.is_conj() or source.is_neg():
         source = source.resolve_conj().resolve_neg()
     storage = source.untyped_storage()
-    shell = torch.empty(0, dtype=source.dtype, device="cpu")
+    dtype = dtype_name(source.dtype)
+    empty = Storage(
+        "", dtype if dtype in STORAGE_CLASSES else "uint8", "cpu", 0, dtype not in STORAGE_CLASSES
+    )
+    stored = Tensor(empty, dtype, 0, tuple(source.size()), tuple(source.stride()))
     if source.numel() == 0:
-        return Leaf(path, source, shell, None, 0, 0)
+        return Leaf(path, source, stored, None, 0, 0)
     first = int(source.storage_offset()) * source.itemsize
     extent = sum((size - 1) * stride for size, stride in zip(source.size(), source.stride(), strict=True))
     last = first + (extent + 1) * source.itemsize
@@ -90,32 +110,87 @@ def leaf_of(tensor: torch.Tensor, path: str) -> Leaf:
         )
     if source.device.type == "cpu":
         base = storage.data_ptr()
-        return Leaf(path, source, shell, "cpu", base + first, base + last)
+        return Leaf(path, source, stored, "cpu", base + first, base + last)
     # Elsewhere data_ptr() may be a handle, so only tensors of one storage are known to share memory.
-    return Leaf(path, source, shell, (source.device, storage._cdata), first, last)
+    return Leaf(path, source, stored, (source.device, storage._cdata), first, last)
 
 
-def fill_shells(leaves: Sequence[Leaf], *, copy: bool) -> None:
-    """Turn the shell of each leaf into its stored form.
+def sparse_parts(tensor: torch.Tensor) -> tuple[list[tuple[str, torch.Tensor]], Call]:
+    """The strided tensors that a sparse one consists of, by name, and the call that makes it of them.
 
-    Memory is shared with the leaf where that costs nothing, unless `copy` is set.
+    The call's arguments still lack the parts: see `complete_sparse`.
+    """
+    layout = Call(Global("torch.serialization", "_get_layout"), (str(tensor.layout),))
+    size = Call(Global("torch", "Size"), (tuple(tensor.size()),))
+    source = tensor.detach()
+    if tensor.layout is torch.sparse_coo:
+        parts = [("_indices()", source._indices()), ("_values()", source._values())]
+        rest: tuple[object, ...] = (size, source.is_coalesced())
+    else:
+        names = _COMPRESSED[tensor.layout]
+        parts = [(f"{name}()", getattr(source, name)()) for name in names]
+        parts.append(("values()", source.values()))
+        rest = (size,)
+    return parts, Call(Global("torch._utils", "_rebuild_sparse_tensor"), (layout, rest))
+
+
+def complete_sparse(call: Call, parts: Sequence[object]) -> None:
+    """Put the parts into the call that `sparse_parts` gave."""
+    layout, rest = call.args
+    assert isinstance(rest, tuple)
+    call.args = (layout, (*parts, *rest))
+
+
+def quantisation(tensor: torch.Tensor) -> tuple[object, ...]:
+    """How a quantised tensor is to be read: its scheme's name, and numbers or strided tensors."""
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return "per_tensor_affine", tensor.q_scale(), tensor.q_zero_point()
+    scales, zero_points = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+    return "per_channel_affine", scales, zero_points, tensor.q_per_channel_axis()
+
+
+def quantised_call(stored: Tensor, params: tuple[object, ...]) -> Call:
+    """The call that makes a quantised tensor. It takes the storage of `stored` once that is known."""
+    scheme, *rest = params
+    arguments = (stored, (Global("torch", str(scheme)), *rest))
+    return Call(Global("torch._utils", "_rebuild_qtensor"), arguments)
+
+
+def complete_quantised(call: Call) -> None:
+    """Put the storage into the call that `quantised_call` gave."""
+    stored, params = call.args
+    assert isinstance(stored, Tensor)
+    hooks: OrderedDict[object, object] = OrderedDict()
+    call.args = (stored.storage, stored.offset, stored.shape, stored.stride, params, False, hooks)
+
+
+def pieces_of(leaves: Sequence[Leaf]) -> list[Piece]:
+    """What has to be written for these leaves; afterwards each knows its storage.
+
+    Storages are numbered in the order of the state, so that equal states give equal files.
 
     Raises:
         ValueError: tensors of different dtypes share bytes; torch cannot load such files.
     """
-    spaces: dict[object, list[Leaf]] = {}
-    for leaf in leaves:
+    spaces: dict[object, list[int]] = {}
+    groups: list[tuple[int, Piece]] = []
+    for index, leaf in enumerate(leaves):
         if leaf.start == leaf.stop:
-            empty = torch.empty(0, dtype=torch.uint8, device="cpu").untyped_storage()
-            _set(leaf.shell, empty, 0, leaf.source.size(), leaf.source.stride())
+            groups.append((index, Piece((leaf,), 0, 0, is_packed=False)))
         else:
-            spaces.setdefault(leaf.space, []).append(leaf)
-    for group in spaces.values():
-        for component in components([(leaf.start, leaf.stop) for leaf in group]):
-            _fill_component([group[i] for i in component.members], component, copy=copy)
+            spaces.setdefault(leaf.space, []).append(index)
+    for members in spaces.values():
+        for component in components([(leaves[i].start, leaves[i].stop) for i in members]):
+            first = members[component.members[0]]
+            groups.append((first, _piece([leaves[members[i]] for i in component.members], component)))
+    groups.sort(key=lambda group: group[0])
+    pieces = [piece for _, piece in groups]
+    for number, piece in enumerate(pieces):
+        _describe(piece, str(number))
+    return pieces
 
 
-def _fill_component(leaves: list[Leaf], component: Component, *, copy: bool) -> None:
+def _piece(leaves: list[Leaf], component: Component) -> Piece:
     head = leaves[0]
     for leaf in leaves:
         if leaf.source.dtype != head.source.dtype or (leaf.start - component.start) % head.source.itemsize:
@@ -123,36 +198,68 @@ def _fill_component(leaves: list[Leaf], component: Component, *, copy: bool) -> 
                 f"{head.path} ({head.source.dtype}) and {leaf.path} ({leaf.source.dtype}) share memory "
                 "but not their elements, which no torch file can hold; store one of them, or a clone()"
             )
-    num_bytes = component.stop - component.start
     views = {(leaf.start, leaf.source.size(), leaf.source.stride()) for leaf in leaves}
-    if len(views) == 1 and head.source.nbytes < num_bytes:
-        # One view with holes, such as a column: only what it shows is stored, so its strides change.
-        packed = _view_bytes(head.source).to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for leaf in leaves:
-            _set(leaf.shell, packed.untyped_storage(), 0, leaf.source.size(), _contiguous(leaf.source.size()))
-        return
-    storage = head.source.untyped_storage()
-    if copy or head.source.device.type != "cpu" or storage.nbytes() != num_bytes:
-        storage = _copied(leaves, component)
-    for leaf in leaves:
-        offset = (leaf.start - component.start) // leaf.source.itemsize
-        _set(leaf.shell, storage, offset, leaf.source.size(), leaf.source.stride())
+    # One view with holes, such as a column: only what it shows is stored, so its strides change.
+    is_packed = len(views) == 1 and head.source.nbytes < component.stop - component.start
+    return Piece(tuple(leaves), component.start, component.stop, is_packed)
 
 
-def _copied(leaves: list[Leaf], component: Component) -> torch.UntypedStorage:
-    """The bytes of a component in a new CPU storage: one copy for each storage that it spans."""
+def _describe(piece: Piece, key: str) -> None:
+    for leaf in piece.leaves:
+        old = leaf.stored.storage
+        leaf.stored.storage = Storage(key, old.dtype, "cpu", piece.num_bytes, old.is_untyped)
+        if piece.is_packed:
+            leaf.stored.stride = _contiguous(leaf.stored.shape)
+        else:
+            leaf.stored.offset = (leaf.start - piece.start) // leaf.source.itemsize
+
+
+def bytes_of(piece: Piece, into: torch.Tensor | None = None) -> torch.Tensor:
+    """The content of the record: a uint8 tensor on the CPU.
+
+    Args:
+        piece: what to write.
+        into: memory of that size to copy to; None shares memory with the state where that costs nothing.
+    """
+    head = piece.leaves[0].source
+    if piece.num_bytes == 0:
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    if piece.is_packed:
+        view = _view_bytes(head)
+        if into is None:
+            into = torch.empty(piece.num_bytes, dtype=torch.uint8, device="cpu")
+        into.view(view.size()).copy_(view)
+        return into
+    if into is None and head.device.type == "cpu":
+        for leaf in piece.leaves:
+            offset = _first_byte(leaf) - (leaf.start - piece.start)
+            if offset >= 0 and offset + piece.num_bytes <= leaf.source.untyped_storage().nbytes():
+                return _byte_range(leaf.source, offset, piece.num_bytes)
+    return _copied(piece, into)
+
+
+def _copied(piece: Piece, into: torch.Tensor | None) -> torch.Tensor:
+    """The bytes of a piece in memory of their own: one copy for each storage that it spans."""
     ranges: dict[int, tuple[Leaf, int]] = {}
-    for leaf in leaves:  # by rising start within a storage, as `first` needs
+    for leaf in piece.leaves:
         key = leaf.source.untyped_storage()._cdata
         first, stop = ranges.get(key, (leaf, leaf.stop))
         ranges[key] = (min(first, leaf, key=lambda x: x.start), max(stop, leaf.stop))
-    buffer = torch.empty(component.stop - component.start, dtype=torch.uint8, device="cpu")
+    if into is None:
+        into = torch.empty(piece.num_bytes, dtype=torch.uint8, device="cpu")
     for first, stop in ranges.values():
-        offset = int(first.source.storage_offset()) * first.source.itemsize
-        view = torch.empty(0, dtype=torch.uint8, device=first.source.device)
-        _set(view, first.source.untyped_storage(), offset, [stop - first.start], [1])
-        buffer[first.start - component.start : stop - component.start].copy_(view)
-    return buffer.untyped_storage()
+        view = _byte_range(first.source, _first_byte(first), stop - first.start)
+        into[first.start - piece.start : stop - piece.start].copy_(view)
+    return into
+
+
+def _first_byte(leaf: Leaf) -> int:
+    return int(leaf.source.storage_offset()) * leaf.source.itemsize
+
+
+def _byte_range(tensor: torch.Tensor, start: int, num_bytes: int) -> torch.Tensor:
+    view = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return set_storage(view, tensor.untyped_storage(), start, [num_bytes], [1])
 
 
 def _view_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -161,23 +268,24 @@ def _view_bytes(tensor: torch.Tensor) -> torch.Tensor:
     view = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     strides = [stride * width for stride in tensor.stride()]
     size = [*tensor.size(), width]
-    return _set(view, tensor.untyped_storage(), int(tensor.storage_offset()) * width, size, [*strides, 1])
+    offset = int(tensor.storage_offset()) * width
+    return set_storage(view, tensor.untyped_storage(), offset, size, [*strides, 1])
 
 
-def _contiguous(size: Sequence[int]) -> list[int]:
+def _contiguous(size: Sequence[int]) -> tuple[int, ...]:
     strides = [1]
     for length in reversed(size[1:]):
         strides.append(strides[-1] * length)
-    return strides[::-1] if size else []
+    return tuple(strides[::-1]) if size else ()
 
 
-def _set(
+def set_storage(
     tensor: torch.Tensor,
     storage: torch.UntypedStorage,
     offset: int,
     size: Sequence[int],
     stride: Sequence[int],
 ) -> torch.Tensor:
-    # no_grad: in a caller's autograd scope the shells are still plain data
+    """``tensor.set_`` that no gradient knows of: in a caller's autograd scope this is still plain data."""
     with torch.no_grad():
         return tensor.set_(storage, offset, tuple(size), tuple(stride))
