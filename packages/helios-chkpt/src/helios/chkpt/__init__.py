@@ -4,6 +4,7 @@
 finds the one to resume from. Errors about what is in a file are subclasses of `CheckpointError`.
 """
 
+from helios.chkpt._comparison import Difference, DifferenceKind, diff
 from helios.chkpt._errors import (
     CheckpointError,
     CorruptError,
@@ -13,7 +14,8 @@ from helios.chkpt._errors import (
     VersionTooNewError,
     VersionTooOldError,
 )
-from helios.chkpt._find import find_last_checkpoint
+from helios.chkpt._find import find_last_checkpoint, load_last_checkpoint
+from helios.chkpt._inspect import CheckpointInfo, Entry, inspect
 from helios.chkpt._naming import CheckpointName, format_name, parse_name
 from helios.chkpt._read import load, verify
 from helios.chkpt._store import CheckpointStore
@@ -22,18 +24,25 @@ from helios.chkpt._write import save
 
 __all__ = [
     "CheckpointError",
+    "CheckpointInfo",
     "CheckpointName",
     "CheckpointStore",
     "CorruptError",
+    "Difference",
+    "DifferenceKind",
+    "Entry",
     "NotACheckpointError",
     "TruncatedError",
     "UnsafeError",
     "VersionTooNewError",
     "VersionTooOldError",
     "__version__",
+    "diff",
     "find_last_checkpoint",
     "format_name",
+    "inspect",
     "load",
+    "load_last_checkpoint",
     "parse_name",
     "save",
     "verify",
