@@ -1,4 +1,4 @@
-"""The steps from each older format to the next. The chain is checked when it is imported."""
+"""The steps from each older structure to the next. The chain is checked when it is imported."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from helios.chkpt._versions import MAJOR
+from helios.chkpt._format.manifest import SCHEMA
+from helios.chkpt_migrator._steps import flatten, nest, pickle_training_state
 
 
 @dataclass(frozen=True)
@@ -14,26 +15,26 @@ class Migration:
     """One step of the chain.
 
     Attributes:
-        source: major version of the files it takes.
-        target: major version of what it gives, higher than `source`.
-        step: pure function from the dictionary in the file to the new one. The key ``version`` is dealt with
-            by the caller.
+        source: schema of what it takes; see `helios.chkpt_migrator._schema`.
+        target: schema of what it gives, higher than `source`.
+        step: pure function from the values in a file (`helios.chkpt._format.values`) to others. The key ``version``
+            is dealt with by the caller.
     """
 
     source: int
     target: int
-    step: Callable[[dict[str, object]], dict[str, object]]
+    step: Callable[[dict[object, object]], dict[object, object]]
 
 
-def check_chain(chain: Sequence[Migration], head: int = MAJOR) -> None:
-    """ValueError unless the steps lead, one after the other and without a gap, to the format `head`."""
+def check_chain(chain: Sequence[Migration], head: int = SCHEMA) -> None:
+    """ValueError unless the steps lead, one after the other and without a gap, to the schema `head`."""
     sources = [migration.source for migration in chain]
     if len(set(sources)) != len(sources):
-        raise ValueError(f"chain: two steps from one version: {sources}; expected one from each")
+        raise ValueError(f"chain: two steps from one schema: {sources}; expected one from each")
     for migration in chain:
         if migration.source >= migration.target:
             raise ValueError(
-                f"chain: a step from {migration.source} to {migration.target}; expected a later version"
+                f"chain: a step from {migration.source} to {migration.target}; expected a later schema"
             )
     for earlier, later in itertools.pairwise(chain):
         if earlier.target != later.source:
@@ -44,13 +45,17 @@ def check_chain(chain: Sequence[Migration], head: int = MAJOR) -> None:
         raise ValueError(f"chain: ends at {chain[-1].target}; expected {head}")
 
 
-def steps_from(major: int, chain: Sequence[Migration]) -> tuple[Migration, ...]:
-    """The steps that a file of `major` has to take; empty if there is no way."""
-    starts = [i for i, migration in enumerate(chain) if migration.source == major]
+def steps_from(schema: int, chain: Sequence[Migration]) -> tuple[Migration, ...]:
+    """The steps that a file of `schema` has to take; empty if there is no way."""
+    starts = [i for i, migration in enumerate(chain) if migration.source == schema]
     return tuple(chain[starts[0] :]) if starts else ()
 
 
-MIGRATIONS: tuple[Migration, ...] = ()
-"""The chain of this release: none yet."""
+MIGRATIONS: tuple[Migration, ...] = (
+    Migration(0, 1, pickle_training_state),
+    Migration(1, 2, nest),
+    Migration(2, 3, flatten),
+)
+"""The chain of this release."""
 
 check_chain(MIGRATIONS)

@@ -1,22 +1,35 @@
-"""Bringing the checkpoints of a folder to the current version."""
+"""Bringing the checkpoints of a folder to the current version.
+
+Each file is read inertly, its values take the steps of the chain, and its tensors are copied from file to file, a chunk
+at a time. The new file is read again and all its digests are compared, the old one gets a second name, and only then
+the new one takes its place. At any instant there is the old file or the new one, whatever is killed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
-from helios.chkpt import CheckpointError, VersionTooOldError, __version__, save, verify
 from helios.chkpt._arguments import as_path
-from helios.chkpt._read import open_regular, read_state
-from helios.chkpt._versions import check_version, major_of
-from helios.chkpt_migrator._chain import MIGRATIONS, Migration, steps_from
+from helios.chkpt._atomic import orphans, resolve, sweep
+from helios.chkpt._errors import CheckpointError, CorruptError, explain
+from helios.chkpt._format import archive as archives
+from helios.chkpt._format import checksums
+from helios.chkpt._format.layout import Record
+from helios.chkpt._format.manifest import SCHEMA
+from helios.chkpt._write import write_archive
+from helios.chkpt_migrator._backup import keep, take_over
+from helios.chkpt_migrator._chain import MIGRATIONS, Migration
+from helios.chkpt_migrator._plan import Plan, plan_for
 
-Outcome = Literal["current", "migrated", "failed"]
+Outcome = Literal["current", "migrated", "would migrate", "failed"]
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -25,13 +38,22 @@ class FileResult:
 
     Attributes:
         path: the file.
-        outcome: ``current`` (was so before, not touched), ``migrated``, or ``failed`` (not touched).
+        outcome: ``current`` (was so before, not touched), ``migrated``, ``would migrate`` (in a dry run), or
+            ``failed`` (not touched).
         reason: why it failed; empty otherwise.
+        source: schema that the file had, None if it is not known.
+        target: schema that the file has or would have, None if it failed.
+        backup: the old file's other name, None if there is none.
+        notes: what a person should know, such as a plug-in's new name.
     """
 
     path: Path
     outcome: Outcome
     reason: str = ""
+    source: int | None = None
+    target: int | None = None
+    backup: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,27 +76,44 @@ class MigrationReport:
     def counts(self) -> dict[Outcome, int]:
         """How many files had each outcome."""
         counter = Counter(result.outcome for result in self.results)
-        return {"current": counter["current"], "migrated": counter["migrated"], "failed": counter["failed"]}
+        outcomes: tuple[Outcome, ...] = ("current", "migrated", "would migrate", "failed")
+        return {outcome: counter[outcome] for outcome in outcomes}
 
 
-def migrate_checkpoints_to_current_version(root: str | os.PathLike[str]) -> MigrationReport:
+def migrate_checkpoints_to_current_version(
+    root: str | os.PathLike[str],
+    *,
+    dry_run: bool = False,
+    backup: bool = True,
+    progress: Progress | None = None,
+) -> MigrationReport:
     """Bring every ``.pth`` file in `root` and the folders below it to the current version.
 
-    One bad file does not stop the others, and no file that fails is changed.
+    Files stay where they are and keep their names, modes and times of change; links to files stay links. One bad file
+    does not stop the others, and no file that fails is changed. A second run changes nothing.
 
     Args:
-        root: the folder with the checkpoints (``chkpt_root`` of the trainer).
+        root: the folder with the checkpoints. Earlier releases kept them in a folder for each model, below the
+            trainer's ``chkpt_root``; this one looks directly in ``chkpt_root``, so set it to that folder afterwards.
+        dry_run: check the files and say what would be done, but write nothing.
+        backup: keep each old file beside the new one, as a hard link ``<name>.pth.bak``; where the file system has no
+            links, as a copy.
+        progress: called with numbers of bytes that were dealt with; in the end they add up to `total_bytes`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `root` is no folder.
         TypeError, ValueError: `root` is no path.
     """
     folder = as_path("root", root)
-    return MigrationReport(folder, tuple(migrate_file(path, MIGRATIONS) for path in checkpoint_files(folder)))
+    paths = checkpoint_files(folder)
+    if not dry_run:
+        _sweep(paths)
+    results = [migrate_file(path, dry_run=dry_run, backup=backup, progress=progress) for path in paths]
+    return MigrationReport(folder, tuple(results))
 
 
 def checkpoint_files(root: Path) -> list[Path]:
-    """The files to migrate, sorted. Earlier releases made a folder for each run, so those below count too."""
+    """The files to migrate, sorted. Earlier releases made a folder for each model, so those below count too."""
     if not root.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(root))
     if not root.is_dir():
@@ -82,29 +121,142 @@ def checkpoint_files(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*.pth") if not path.name.startswith(".") and path.is_file())
 
 
-def migrate_file(path: Path, chain: Sequence[Migration]) -> FileResult:
-    """Bring one file to the current version by the steps of `chain`."""
+def total_bytes(paths: Iterable[Path]) -> int:
+    """Size of all files together, for a bar."""
+    return sum(map(_size, paths))
+
+
+def migrate_file(
+    path: Path,
+    chain: Sequence[Migration] = MIGRATIONS,
+    *,
+    dry_run: bool = False,
+    backup: bool = True,
+    progress: Progress | None = None,
+) -> FileResult:
+    """Bring one file to the current version by the steps of `chain`; see `migrate_checkpoints_to_current_version`."""
+    meter = _Meter(_size(path), progress)
     try:
-        with open_regular(path) as file:
-            state = read_state(file, path, "cpu", True, crc=True, safe_types=())
-        try:
-            check_version(state.get("version"), path, present="version" in state)
-        except VersionTooOldError as error:
-            steps = steps_from(major_of(error.version) or 0, chain)
-            if not steps:
-                raise
-            return _apply(steps, state, path)
-    except VersionTooOldError as error:
-        version = error.version or "a release that wrote no version"
-        return FileResult(path, "failed", f"no migration from {version} in this release ({__version__})")
-    except (CheckpointError, OSError, TypeError, ValueError) as error:
+        with archives.open_file(path) as file:
+            plan = plan_for(file, path, chain)
+            if plan is None:
+                return FileResult(path, "current", source=SCHEMA, target=SCHEMA)
+            if dry_run:
+                archives.check_records(file, plan.archive)
+                return FileResult(path, "would migrate", source=plan.source, target=SCHEMA, notes=plan.notes)
+            kept = _replace(file, path, plan, backup, meter.advance)
+            return FileResult(
+                path, "migrated", source=plan.source, target=SCHEMA, backup=kept, notes=plan.notes
+            )
+    except (CheckpointError, OSError, TypeError, ValueError, RecursionError) as error:
         return FileResult(path, "failed", f"{type(error).__name__}: {error}")
-    return FileResult(path, "current")
+    finally:
+        meter.finish()
 
 
-def _apply(steps: Sequence[Migration], state: dict[str, object], path: Path) -> FileResult:
-    for migration in steps:
-        state = migration.step({key: value for key, value in state.items() if key != "version"})
-    save(state, path)
-    verify(path)
-    return FileResult(path, "migrated")
+def _replace(file: IO[bytes], path: Path, plan: Plan, backup: bool, advance: Progress) -> Path | None:
+    """Write the new file, verify it, keep the old one, and put the new one in its place."""
+    target, before = resolve(path), os.fstat(file.fileno())
+    olds = [plan.archive.records[f"data/{key}"] for key in plan.storages]
+    kept: list[Path] = []
+
+    def before_replace(new: IO[bytes]) -> None:
+        _verify(new, path, olds)
+        take_over(before, new)
+        if not _is_unchanged(before, file, target):
+            message = "it was changed or replaced by somebody else while it was migrated"
+            raise OSError(errno.EBUSY, message, str(path))
+        if backup:
+            kept.append(keep(file, target))
+
+    sources = [_Region(file, path, record, advance) for record in olds]
+    write_archive(plan.values, sources, target, before_replace=before_replace)
+    return kept[0] if kept else None
+
+
+def _verify(new: IO[bytes], path: Path, olds: Sequence[Record]) -> None:
+    """Prove that the new file is whole and that its tensors are those of the old one.
+
+    What was read from the old file is what the old file's CRCs are of; its SHA-256, taken while it was written, is
+    that of what is read from the new file now.
+    """
+    archive = archives.open_archive(new, path)
+    remedy = "Restore it from a copy, or go back to an earlier checkpoint."
+    for number, old in enumerate(olds):
+        record = archive.records[f"data/{number}"]
+        if (record.num_bytes, record.crc32) != (old.num_bytes, old.crc32):
+            found = f"the CRC-32 {record.crc32:#010x} in the record {old.name!r}"
+            raise CorruptError(explain(path, found, f"{old.crc32:#010x}", remedy))
+    noted = {record.name: record for record in archive.records.values() if record.sha256 is not None}
+    # Not `check_records`: it compares the CRCs as well, which adds nothing to SHA-256 but another reading.
+    for name, digest in checksums.sha256_sums(list(noted.values()), archives.reader(new, path)).items():
+        if digest != noted[name].sha256:
+            found = f"the SHA-256 {digest} in the record {name!r} of the new file, which was removed"
+            raise CorruptError(
+                explain(path, found, str(noted[name].sha256), "Check the disk, and try again.")
+            )
+
+
+def _is_unchanged(before: os.stat_result, file: IO[bytes], target: Path) -> bool:
+    now = os.fstat(file.fileno())
+    try:
+        is_there = os.path.samestat(now, target.lstat())
+    except FileNotFoundError:
+        is_there = False
+    return is_there and (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+class _Region:
+    """A record of an open file, as the source of one of another: see `helios.chkpt._write.Source`."""
+
+    def __init__(self, file: IO[bytes], path: Path, record: Record, advance: Progress) -> None:
+        self._read = archives.reader(file, path)
+        self._record = record
+        self._advance = advance
+        self.num_bytes = record.num_bytes
+
+    def chunks(self, chunk_bytes: int) -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(min(chunk_bytes, self.num_bytes)))
+        for start in range(0, self.num_bytes, chunk_bytes):
+            piece = buffer[: min(chunk_bytes, self.num_bytes - start)]
+            self._read(self._record.offset + start, piece)
+            yield piece
+            self._advance(len(piece))
+
+
+class _Meter:
+    """Tells somebody of the bytes of one file, each once."""
+
+    def __init__(self, num_bytes: int, progress: Progress | None) -> None:
+        self._left = num_bytes
+        self._progress = progress
+
+    def advance(self, num_bytes: int) -> None:
+        step = min(num_bytes, self._left)
+        self._left -= step
+        if self._progress is not None and step:
+            self._progress(step)
+
+    def finish(self) -> None:
+        self.advance(self._left)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _sweep(paths: Iterable[Path]) -> None:
+    """Delete what killed migrations of these files left."""
+    names: dict[Path, set[str]] = {}
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):
+            target = resolve(path)
+            names.setdefault(target.parent, set()).add(target.name)
+    for folder, targets in names.items():
+        with contextlib.suppress(OSError):
+            for temp, name in orphans(folder):
+                if any(target.startswith(name) for target in targets):  # long names are cut off
+                    sweep(temp)
