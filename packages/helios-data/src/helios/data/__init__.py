@@ -6,6 +6,7 @@ and give it back with `loader.load_state_dict(state)`.
 
 from helios.data._create import create_dataloader
 from helios.data._datamodule import DataModule, DatasetSplit, SplitDataset
+from helios.data._earlier import EarlierState
 from helios.data._loader import ResumableDataLoader
 from helios.data._params import DataLoaderParams
 from helios.data._permutation import ALGORITHM, Permutation
@@ -37,6 +38,7 @@ __all__ = [
     "DataLoaderParams",
     "DataModule",
     "DatasetSplit",
+    "EarlierState",
     "LoaderState",
     "LoaderStateError",
     "MixtureOrder",

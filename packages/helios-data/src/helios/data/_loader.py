@@ -10,11 +10,12 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from helios.core.rng import derive_seed
+from helios.data._earlier import restore_sampler
 from helios.data._keyed import BatchRequest, FetchedDataset
 from helios.data._machinery import Fetcher, torch_options
 from helios.data._samplers import ResumableSampler
 from helios.data._sharding import BatchSize
-from helios.data._state import LoaderState, check_state
+from helios.data._state import LoaderState
 
 
 class _Requests:
@@ -175,12 +176,10 @@ class ResumableDataLoader(DataLoader[Any]):
             A small dict of plain values, the same on every rank. After the last batch of an epoch it stands
             at the beginning of the next one.
         """
-        return {
-            **self.sampler.state_dict(),
-            "seed": self._seed,
-            "order_seed": self.sampler.seed,
-            "fingerprint": self._fingerprint,
-        }
+        return {**self.sampler.state_dict(), **self._own_state()}  # type: ignore[typeddict-item]
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"seed": self._seed, "order_seed": self.sampler.seed, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin the next iteration where `state` was taken.
@@ -188,14 +187,18 @@ class ResumableDataLoader(DataLoader[Any]):
         The number of workers, the batch size and the number of ranks may differ from those of the loader
         that gave the state.
 
+        A state of a run that an earlier release of Helios began (`EarlierState`) makes the loader go on in the order of
+        that release, with the loader's own seed, in this epoch and those that follow. It says so in its states
+        (`adopted`), and a loader that is given one of them does the same.
+
         Args:
-            state: what `state_dict` returned.
+            state: what `state_dict` returned, or an `EarlierState`.
 
         Raises:
             LoaderStateError: the state is malformed, or of another dataset, algorithm, seed or tail;
                 nothing was changed.
         """
-        self.sampler.restore(check_state(state, self.state_dict()))
+        restore_sampler(self.sampler, state, self._own_state())
         self._planned = None
         self._restored_epoch = self.sampler.epoch
 

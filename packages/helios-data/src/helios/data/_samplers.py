@@ -4,17 +4,19 @@ The order is a pure function from positions to dataset indices, so the cursor is
 from it costs the same at any position.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import replace
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
 from helios.data._checks import check_bool, check_int, check_num_samples
+from helios.data._earlier import restore_sampler
 from helios.data._permutation import BLOCK_SIZE, Indices
 from helios.data._sharding import BatchSize, Sharding, Tail, checked_sizes
-from helios.data._state import FORMAT_VERSION, LoaderState, LoaderStateError, check_state
+from helios.data._state import FORMAT_VERSION, LoaderState, LoaderStateError
 from helios.data.orders import IndicesAt, Order, RandomOrder, SequentialOrder, TorchOrder
 
 _FIRST_BLOCK_SIZE = 256  # indices: whoever waits for the first one does not wait for a whole block
@@ -41,6 +43,9 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
         algorithm: name of the order, kept in the state; the name of the class if none is given.
         num_samples: positions in an epoch: the length of the dataset, unless the order has another.
         num_dataset_samples: length of the dataset.
+        order: as given, or that of an earlier release that began the run; None if there is none.
+        given_order: as given.
+        has_own_algorithm: the class orders the samples itself, or has another name for its order.
         seed: as given.
         epoch: epoch in progress, from 0.
         start: position at which the next iteration begins, in samples of all ranks; used once, then 0.
@@ -75,6 +80,8 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
             )
             self.algorithm = type(self).algorithm or ("" if is_overridden else order.algorithm)
             self.num_samples = order.num_samples
+        self.given_order = order
+        self.has_own_algorithm = order is None or self.algorithm != order.algorithm
         self._indices_of_epoch: tuple[int, IndicesAt] | None = None
         self.sharding = Sharding(
             self.num_samples, 1, is_interleaved=order is not None and order.is_interleaved
@@ -229,16 +236,38 @@ class ResumableSampler(torch.utils.data.Sampler[int]):
         }
         if self.order is not None and (digest := self.order.digest()) is not None:
             state["order_digest"] = digest
+        if self.order is not self.given_order:
+            state["adopted"] = True
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin the next iteration where `state` was taken, with any batch size and number of ranks.
 
+        A state of a run that an earlier release began makes the sampler go on in the order of that release.
+
         Raises:
             LoaderStateError: the state is malformed, or of another dataset size, algorithm, seed or tail;
                 nothing was changed.
         """
-        self.restore(check_state(state, self.state_dict()))
+        restore_sampler(self, state, {})
+
+    def in_order(self, order: Order | None) -> Self:
+        """Return a copy that stands where this sampler does and takes the same samples in another order.
+
+        Raises:
+            LoaderStateError: the order deals its positions out one by one, and the batch sizes of the ranks differ.
+        """
+        other = copy.copy(self)
+        other.order = order
+        if order is not None and not self.has_own_algorithm:
+            other.algorithm = order.algorithm
+        is_interleaved = order is not None and order.is_interleaved
+        other.sharding = replace(self.sharding, is_interleaved=is_interleaved)
+        try:
+            other.sharding.sizes_at(0)
+        except ValueError as error:
+            raise LoaderStateError(f"batch_size: {error}") from error
+        return other
 
     def restore(self, state: LoaderState) -> None:
         """Apply a state that `check_state` returned.

@@ -19,6 +19,8 @@ class LoaderState(TypedDict):
         num_samples: positions in an epoch: the samples in the dataset, unless the order has more or fewer.
         tail: "pad", "drop" or "exact"; with "+full" if partial batches are left out.
         order_digest: name of what the order was made of, such as weights, if there is anything.
+        adopted: True if the order is not the loader's own but that of an earlier release of Helios, which began the
+            run; else absent.
         fingerprint: what the user gave to identify the dataset, or None.
     """
 
@@ -31,6 +33,7 @@ class LoaderState(TypedDict):
     num_samples: int
     tail: str
     order_digest: NotRequired[str]
+    adopted: NotRequired[bool]
     fingerprint: str | None
 
 
@@ -90,8 +93,8 @@ def check_state(state: object, expected: LoaderState) -> LoaderState:
         "fingerprint",
     )
     checked = _checked(state, expected, agreeing)
-    _check_count("epoch", checked["epoch"])
-    _check_count("consumed", checked["consumed"])
+    check_count("epoch", checked["epoch"])
+    check_count("consumed", checked["consumed"])
     if checked["consumed"] > expected["num_samples"]:
         raise LoaderStateError(
             f"consumed: the state has {checked['consumed']}, more than the {expected['num_samples']} samples"
@@ -112,8 +115,8 @@ def check_stream_state(state: object, expected: StreamLoaderState) -> StreamLoad
     checked = _checked(
         state, expected, ("format", "algorithm", "seed", "rank", "num_replicas", "fingerprint")
     )
-    _check_count("epoch", checked["epoch"])
-    _check_count("turn", checked["turn"])
+    check_count("epoch", checked["epoch"])
+    check_count("turn", checked["turn"])
     num_streams = len(expected["num_samples"])
     for key in ("num_samples", "dataset_states", "has_ended"):
         if not isinstance(checked[key], list):
@@ -124,7 +127,7 @@ def check_stream_state(state: object, expected: StreamLoaderState) -> StreamLoad
                 f"dataset is divided among its workers: use the num_workers that the run began with"
             )
     for each in checked["num_samples"]:
-        _check_count("num_samples", each)
+        check_count("num_samples", each)
     if any(
         n and state is None
         for n, state in zip(checked["num_samples"], checked["dataset_states"], strict=True)
@@ -179,6 +182,8 @@ def _check_agrees(key: str, state: Mapping[str, Any], expected: Mapping[str, Any
         raise LoaderStateError(f"{key}: the state has {found!r}, here it is {wanted!r}. {_MUST_AGREE[key]}")
 
 
-def _check_count(key: str, value: object) -> None:
+def check_count(key: str, value: object) -> int:
+    """Return an int of 0 or more; LoaderStateError otherwise."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise LoaderStateError(f"{key} must be an int of 0 or more, the state has {value!r}")
+    return value

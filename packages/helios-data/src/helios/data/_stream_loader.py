@@ -8,10 +8,11 @@ from torch.utils.data import DataLoader
 
 from helios.core.rng import derive_seed
 from helios.data._checks import check_int
+from helios.data._earlier import is_earlier
 from helios.data._loader import ResumableDataLoader
 from helios.data._machinery import Fetcher, torch_options
 from helios.data._samplers import rank_and_world
-from helios.data._state import FORMAT_VERSION, StreamLoaderState, check_stream_state
+from helios.data._state import FORMAT_VERSION, LoaderStateError, StreamLoaderState, check_stream_state
 from helios.data._streams import StreamBatch, StreamCursor, StreamDataset
 
 ALGORITHM = "stream"
@@ -157,6 +158,11 @@ class StreamDataLoader(ResumableDataLoader):
             LoaderStateError: the state is malformed, of another dataset or seed, or of another number of
                 streams; nothing was changed.
         """
+        if is_earlier(state):
+            raise LoaderStateError(
+                "the run was begun by an earlier release of Helios, whose files do not say where the streams of an "
+                "iterable-style dataset stood: it cannot go on exactly. Begin a new run, with its weights"
+            )
         checked = check_stream_state(state, self.state_dict())
         states = tuple(None if each is None else pickle.dumps(each) for each in checked["dataset_states"])
         num_samples, has_ended = tuple(checked["num_samples"]), tuple(checked["has_ended"])

@@ -23,12 +23,14 @@ class TorchOrder(Order):
         ValueError: the length is out of range.
     """
 
+    SHUFFLED = "torch-randperm-v1"
+    NOT_SHUFFLED = "torch-sequential-v1"
     is_interleaved = True
 
     def __init__(self, num_samples: int, shuffle: bool = True) -> None:
         self.num_samples = check_num_positions("num_samples", num_samples)
         self.shuffle = check_bool("shuffle", shuffle)
-        self.algorithm = "torch-randperm-v1" if shuffle else "torch-sequential-v1"
+        self.algorithm = self.SHUFFLED if shuffle else self.NOT_SHUFFLED
 
     def of_epoch(self, seed: int, epoch: int) -> IndicesAt:
         """Return a lookup in the list of this epoch; see `Order.of_epoch`."""
