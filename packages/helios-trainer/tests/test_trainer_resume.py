@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from helios.chkpt import find_last_checkpoint, load, save
+from helios.chkpt import find_last_checkpoint, load, load_last_checkpoint, save
 from helios.core import rng
 from helios.trainer import Model
 
@@ -536,12 +536,12 @@ def test_no_second_copy_of_the_state_stays_in_memory(kit, tmp_path):
 
 def test_weights_are_mapped_to_the_models_device(kit, tmp_path, monkeypatch):
     asked = []
-    real = load
+    real = load_last_checkpoint
     monkeypatch.setattr(
-        "helios.trainer._checkpoint.load",
-        lambda path, **options: asked.append(options) or real(path, **options),
+        "helios.trainer._find.load_last_checkpoint",
+        lambda *place, **options: asked.append(options) or real(*place, **options),
     )
     setup = {"total_steps": 2, "chkpt_frequency": 1}
     run(kit, tmp_path, setup, abort_at=20)
     run(kit, tmp_path, setup)
-    assert asked == [{"map_location": "cpu", "safe_types": []}]
+    assert asked == [{"map_location": "cpu", "safe_types": []}] * 2

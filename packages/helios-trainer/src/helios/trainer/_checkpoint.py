@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from helios.chkpt import find_last_checkpoint, load
 from helios.core.rng import get_rng_state_dict, load_rng_state_dict
 from helios.data import ResumableDataLoader
 from helios.trainer._loop import Cut, CutPoint, StopReason, as_dict, cut_from_dict
@@ -79,10 +78,13 @@ class Resumption:
         cut: where in the loop it was taken.
         stop: why training had ended, or None if it had not.
         event_sizes: sizes of TensorBoard's files at the checkpoint.
+        is_earlier: an earlier release of Helios began the run.
 
     Raises:
         ValueError: it lacks a part.
     """
+
+    is_earlier = False
 
     def __init__(self, path: Path, checkpoint: dict[str, Any]) -> None:
         missing = [key for key in _ALWAYS if key not in checkpoint]
@@ -92,17 +94,21 @@ class Resumption:
             )
         self.path = path
         self._checkpoint = checkpoint
-        self.state = TrainingState.from_dict(checkpoint["training_state"])
-        self._own, self.state.trainer = self.state.trainer, {}
+        self._own: dict[str, Any] = {}
+        self.state, self.cut, self.stop, self.event_sizes = self._read()
+
+    def _read(self) -> tuple[TrainingState, Cut, StopReason | None, dict[str, int]]:
+        """Return the attributes of those names."""
+        state = TrainingState.from_dict(self._checkpoint["training_state"])
+        self._own, state.trainer = state.trainer, {}
         lost = [key for key in _OWN if key not in self._own]
         if lost:
             raise ValueError(
-                f"{path} lacks {lost[0]!r} in training_state['trainer'], which a run needs to go on: another "
+                f"{self.path} lacks {lost[0]!r} in training_state['trainer'], which a run needs to go on: another "
                 "release of helios-trainer wrote it"
             )
-        self.cut = cut_from_dict(self._own["cut"])
-        self.stop = None if self._own["stop"] is None else StopReason[self._own["stop"]]
-        self.event_sizes: dict[str, int] = self._own["event_sizes"]
+        stop = None if self._own["stop"] is None else StopReason[self._own["stop"]]
+        return state, cut_from_dict(self._own["cut"]), stop, self._own["event_sizes"]
 
     def check_settings(self, settings: TrainerSettings) -> None:
         """Refuse to go on with settings that would make another run of it.
@@ -124,8 +130,7 @@ class Resumption:
         Raises:
             ValueError: the checkpoint has no state of a plug-in.
         """
-        unknown = sorted(set(self._checkpoint) - set(plugins) - RESERVED_KEYS)
-        if unknown:
+        if unknown := sorted(self._plug_ids() - set(plugins)):
             get_root_logger().warning(
                 "%s has state under %s, which is no plug-in of this trainer: the run goes on without it",
                 self.path,
@@ -137,21 +142,23 @@ class Resumption:
                 f"{self.path} has no state of the plug-in {missing[0]!r}: it was not part of the run"
             )
 
+    def _plug_ids(self) -> set[str]:
+        return set(self._checkpoint) - RESERVED_KEYS
+
     def targets(self) -> LogTargets:
         """Return where the run wrote."""
         return LogTargets.from_dict(self._checkpoint)
 
-    @property
-    def loader_state(self) -> dict[str, Any]:
-        """Where the training loader stands."""
-        state: dict[str, Any] = self._checkpoint["data"]
-        return state
+    def restore_loader(self, loader: ResumableDataLoader) -> None:
+        """Put the training loader where it stood."""
+        loader.load_state_dict(self._checkpoint["data"])
 
     def restore_objects(self, model: Model, plugins: PluginRegistry) -> None:
         """Give model and plug-ins their states; after `setup`."""
         model.load_state_dict(self._checkpoint["model"])
         for plug_id, plugin in plugins.items():
-            plugin.load_state_dict(self._checkpoint[plug_id])
+            if plug_id in self._checkpoint:  # `check_plugins` let no other pass unless it may begin anew
+                plugin.load_state_dict(self._checkpoint[plug_id])
 
     def restore_surroundings(self, model: Model, is_over: bool = False) -> None:
         """Put back what the hooks at the start of training may have touched; last before the loop.
@@ -161,28 +168,16 @@ class Resumption:
             is_over: training does not go on. If it does, from its end, `on_training_end` may have switched
                 to evaluation.
         """
+        self._restore_own(model, is_over)
+        load_rng_state_dict(self._checkpoint["rng"])
+        self._checkpoint = self._own = {}  # or second copies of weights and gradients would stay in memory
+
+    def _restore_own(self, model: Model, is_over: bool) -> None:
         restore_tables(model, self._own["tables"])
         restore_gradients(model, self._own["gradients"])
         restore_frozen(model, self._own["modes"])
         if is_over or self.cut.point is not CutPoint.FINISHED:
             restore_training_modes(model, self._own["modes"])
-        load_rng_state_dict(self._checkpoint["rng"])
-        self._checkpoint = self._own = {}  # or second copies of weights and gradients would stay in memory
-
-
-def find_checkpoint(root: Path | None, run_name: str, model: Model) -> tuple[Path, dict[str, Any]] | None:
-    """Return path and content of the last good checkpoint of a run, on the model's device; or None."""
-    types = model.types_for_safe_load()
-    path = None if root is None else find_last_checkpoint(root, run_name, safe_types=types)
-    if path is None:
-        return None
-    return path, load(path, map_location=model.map_loc, safe_types=types)
-
-
-def find_resumption(root: Path | None, run_name: str, model: Model) -> Resumption | None:
-    """Return the last good checkpoint of a run, ready to go on from, or None if there is none."""
-    found = find_checkpoint(root, run_name, model)
-    return None if found is None else Resumption(*found)
 
 
 def metadata_of(model: Model, name: str) -> str:

@@ -11,18 +11,19 @@ from helios.core.rng import seed_rngs
 from helios.data import DataModule, ResumableDataLoader
 from helios.trainer._banner import banner, summary
 from helios.trainer._bars import ProgressBars
-from helios.trainer._checkpoint import Resumption, build_checkpoint, find_resumption, metadata_of
+from helios.trainer._checkpoint import Resumption, build_checkpoint, metadata_of
 from helios.trainer._execution import Execution, cudnn_benchmark, deterministic_kernels
+from helios.trainer._find import find_resumption
 from helios.trainer._hooks import Hooks
 from helios.trainer._loop import Cut, CutPoint, StopReason, TrainingLoop, describe
 from helios.trainer._model import Model
 from helios.trainer._modules import named_networks
 from helios.trainer._plugin import PluginRegistry
 from helios.trainer._settings import TrainerSettings
-from helios.trainer._start_note import StartNote
+from helios.trainer._start_note import Start, StartNote
 from helios.trainer._trained import Trained
 from helios.trainer._training_state import TrainingState, TrainingUnit
-from helios.trainer.logging import RunLoggers, get_root_logger
+from helios.trainer.logging import LogTargets, RunLoggers, get_root_logger
 from helios.trainer.logging._loggers import new_targets
 
 
@@ -83,19 +84,29 @@ class FitRun:
         settings = self._settings
         targets = new_targets(self._name, *settings.log_folders)
         try:
-            resumption = find_resumption(settings.chkpt_root, self._name, self._model)
+            resumption = find_resumption(settings, self._name, self._model)
             if resumption is not None:
                 targets = targets.restored(resumption.targets())
                 resumption.check_settings(settings)
                 resumption.check_plugins(self._plugins)
                 self._state = resumption.state
-            elif self._start_note is not None:
-                targets = targets.restored(self._start_note.read() or targets)
-                self._start_note.write(targets)
+            if self._start_note is not None and (resumption is None or resumption.is_earlier):
+                targets = self._noted(self._start_note, targets, resumption)
         finally:
             # Also if the checkpoint is refused: the reason belongs in the log file.
             self._loggers.open_log_file(targets)
         return resumption
+
+    def _noted(self, note: StartNote, targets: LogTargets, resumption: Resumption | None) -> LogTargets:
+        """Note where the run writes until it has a checkpoint of its own; where it did if it was killed before."""
+        origin, sizes = (None, {}) if resumption is None else (resumption.path.name, resumption.event_sizes)
+        before = note.read(origin)
+        if before is not None:
+            targets, sizes = targets.restored(before.targets), before.event_sizes
+            if resumption is not None:
+                resumption.event_sizes = sizes
+        note.write(origin, Start(targets, sizes))
+        return targets
 
     def _is_finished(self, resumption: Resumption) -> bool:
         settings, stop, state = self._settings, resumption.stop, resumption.state
@@ -138,7 +149,7 @@ class FitRun:
         self._set_up()
         if resumption is not None:
             resumption.restore_objects(model, self._plugins)
-            self._train_loader.load_state_dict(resumption.loader_state)
+            resumption.restore_loader(self._train_loader)
         self._hooks = Hooks(model, self._plugins)
         self._hooks.training_start()
         if resumption is not None:

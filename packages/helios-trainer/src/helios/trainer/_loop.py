@@ -58,10 +58,13 @@ class Cut:
     Attributes:
         point: after an iteration, after an epoch's last batch, or after everything.
         has_validated: a validation came just before, so the checks that follow one are still to be made.
+        is_counted: of those checks the outcome of `have_metrics_improved` is in the counters already: earlier releases
+            saved later than this one does. Never written.
     """
 
     point: CutPoint
     has_validated: bool = False
+    is_counted: bool = False
 
 
 class TrainingLoop:
@@ -112,9 +115,10 @@ class TrainingLoop:
         if cut.point is CutPoint.FINISHED and self._is_epoch_over():
             return self._end_of_steps()  # the epoch's end came before
         self._bars.start_epoch(self._state, len(self._train_loader))
+        stop = self._check_after_validation(cut.has_validated, cut.is_counted)
         if cut.point is CutPoint.EPOCH_END:
-            return self._end_epoch(self._check_after_validation(cut.has_validated))
-        return self._run_epoch(self._check_after_validation(cut.has_validated) or self._end_of_steps())
+            return self._end_epoch(stop)
+        return self._run_epoch(stop or self._end_of_steps())
 
     def _is_epoch_over(self) -> bool:
         return self._train_loader.epoch >= self._state.global_epoch
@@ -204,15 +208,16 @@ class TrainingLoop:
         self._hooks.validation_end(state.validation_cycles)
         state.running_iter = 0
 
-    def _check_after_validation(self, has_validated: bool) -> StopReason | None:
+    def _check_after_validation(self, has_validated: bool, is_counted: bool = False) -> StopReason | None:
         if not has_validated:
             return None
-        cycles = self._settings.early_stop_cycles
-        improved = self._hooks.model.have_metrics_improved()
-        if cycles is not None:
-            self._state.early_stop_count = 0 if improved else self._state.early_stop_count + 1
-            if self._state.early_stop_count >= cycles:
-                return StopReason.NOT_IMPROVED
+        cycles, state = self._settings.early_stop_cycles, self._state
+        if not is_counted:
+            improved = self._hooks.model.have_metrics_improved()
+            if cycles is not None:
+                state.early_stop_count = 0 if improved else state.early_stop_count + 1
+        if cycles is not None and state.early_stop_count >= cycles:
+            return StopReason.NOT_IMPROVED
         return StopReason.REQUESTED if self._hooks.should_stop() else None
 
     def _end_of_steps(self) -> StopReason | None:

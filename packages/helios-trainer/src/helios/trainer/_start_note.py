@@ -1,16 +1,30 @@
-"""A note beside the checkpoints of a run that has none yet: where it writes its logs.
+"""A note beside the checkpoints of a run that has none of its own yet: where it writes its logs.
 
-A run that is killed before its first checkpoint starts from the beginning again. It must go on in the same
-log file and TensorBoard folder, or its scalars would be there twice. The note is gone once there is a
-checkpoint, or when the run ends in any way but being killed.
+A run that is killed before its first checkpoint starts again from the beginning, or from the checkpoint of an earlier
+release. It must go on in the same log file and TensorBoard folder, or its scalars would be there twice. The note is
+gone once there is a checkpoint, or when the run ends in any way but being killed.
 """
 
 import contextlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from helios.trainer.logging import LogTargets
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a killed run wrote.
+
+    Attributes:
+        targets: log file and TensorBoard folder.
+        event_sizes: sizes that TensorBoard's files had when it started; what they have beyond is to be purged.
+    """
+
+    targets: LogTargets
+    event_sizes: dict[str, int]
 
 
 class StartNote:
@@ -26,18 +40,27 @@ class StartNote:
         self._path = root / f".{run_name}.start.json"
         self._settings = settings
 
-    def read(self) -> LogTargets | None:
-        """Return where a killed run with these settings wrote, or None if there was none."""
+    def read(self, origin: str | None) -> Start | None:
+        """Return where a killed run with these settings wrote, or None if there was none.
+
+        Args:
+            origin: name of the checkpoint that it started from, None if from the beginning.
+        """
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             note = json.loads(self._path.read_text(encoding="utf-8"))
-            if note["settings"] == self._settings:
-                return LogTargets.from_dict(note)
+            if note["settings"] == self._settings and note.get("origin") == origin:
+                return Start(LogTargets.from_dict(note), dict(note.get("event_sizes", {})))
         return None
 
-    def write(self, targets: LogTargets) -> None:
-        """Note where a run that starts from the beginning writes."""
+    def write(self, origin: str | None, start: Start) -> None:
+        """Note where a run writes that starts from `origin`."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        note = {"settings": self._settings, **targets.to_dict()}
+        note = {
+            "settings": self._settings,
+            "origin": origin,
+            "event_sizes": start.event_sizes,
+            **start.targets.to_dict(),
+        }
         temp = self._path.with_suffix(".tmp")
         temp.write_text(json.dumps(note), encoding="utf-8")
         temp.replace(self._path)

@@ -11,8 +11,9 @@ import torch
 from helios.core.rng import seed_rngs
 from helios.data import DataModule
 from helios.trainer._bars import ProgressBars
-from helios.trainer._checkpoint import find_checkpoint
+from helios.trainer._earlier import is_earlier, targets_of
 from helios.trainer._execution import cudnn_benchmark, deterministic_kernels
+from helios.trainer._find import find_checkpoint
 from helios.trainer._fit import checked_loader, logged_exceptions
 from helios.trainer._hooks import Hooks, evaluate
 from helios.trainer._model import Model, restore_tables
@@ -79,7 +80,10 @@ def _targets(
     targets = new_targets(name, *settings.log_folders)
     if trained is not None:
         return targets.restored(trained.targets)
-    return targets if found is None else targets.restored(LogTargets.from_dict(found[1]))
+    if found is None:
+        return targets
+    places = targets_of if is_earlier(found[1]) else LogTargets.from_dict
+    return targets.restored(places(found[1]))
 
 
 def _event_sizes(
@@ -88,7 +92,7 @@ def _event_sizes(
     """Return what to cut TensorBoard's files back to, so that testing again does not log everything again."""
     if trained is not None:
         return trained.event_sizes
-    own = {} if found is None else found[1]["training_state"]["trainer"]
+    own = {} if found is None or is_earlier(found[1]) else found[1]["training_state"]["trainer"]
     # A run that is not finished may be writing at this moment.
     return own["event_sizes"] if own.get("stop") is not None else None
 
@@ -101,7 +105,8 @@ def _set_up(model: Model, plugins: PluginRegistry, found: tuple[Path, dict[str, 
         return
     path, checkpoint = found
     model.load_state_dict(checkpoint["model"])
-    restore_tables(model, checkpoint["training_state"]["trainer"]["tables"])
+    if not is_earlier(checkpoint):  # earlier releases did not keep them
+        restore_tables(model, checkpoint["training_state"]["trainer"]["tables"])
     for plug_id, plugin in plugins.items():
         if plug_id in checkpoint:  # one that only tests has no state
             plugin.load_state_dict(checkpoint[plug_id])

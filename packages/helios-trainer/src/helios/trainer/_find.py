@@ -1,0 +1,31 @@
+"""Finding what a run goes on from."""
+
+from pathlib import Path
+from typing import Any
+
+from helios.chkpt import load_last_checkpoint
+from helios.trainer._checkpoint import Resumption
+from helios.trainer._earlier import EarlierResumption, is_earlier, say_where_others_are
+from helios.trainer._model import Model
+from helios.trainer._settings import TrainerSettings
+
+
+def find_checkpoint(root: Path | None, run_name: str, model: Model) -> tuple[Path, dict[str, Any]] | None:
+    """Return path and content of the last good checkpoint of a run, on the model's device; or None."""
+    if root is None:
+        return None
+    types = model.types_for_safe_load()
+    return load_last_checkpoint(root, run_name, map_location=model.map_loc, safe_types=types)
+
+
+def find_resumption(settings: TrainerSettings, run_name: str, model: Model) -> Resumption | None:
+    """Return the last good checkpoint of a run, ready to go on from, or None if there is none."""
+    found = find_checkpoint(settings.chkpt_root, run_name, model)
+    if found is None:
+        if settings.chkpt_root is not None:
+            say_where_others_are(settings.chkpt_root, run_name, model.save_name)
+        return None
+    path, checkpoint = found
+    if is_earlier(checkpoint):
+        return EarlierResumption(path, checkpoint, settings)
+    return Resumption(path, checkpoint)
