@@ -1,4 +1,4 @@
-"""kill -9 at any instant of an overwrite leaves the old file or the new one."""
+"""kill -9 at any instant of a save, a background save, retention and a migration: nothing is lost."""
 
 from __future__ import annotations
 
@@ -12,41 +12,59 @@ import pytest
 from helios import chkpt
 
 DRIVER = Path(__file__).parent / "storm_driver.py"
-NUM_KILLS = 20
+OPERATIONS = ["overwrite", "async", "retention", "migrate"]
 
 
-def storm(folder: Path, writer: str) -> dict[str, int]:
-    command = [sys.executable, str(DRIVER), str(folder), writer, str(NUM_KILLS)]
+def storm(folder: Path, *arguments: str) -> dict[str, int]:
+    command = [sys.executable, str(DRIVER), str(folder), *arguments]
     done = subprocess.run(command, check=True, capture_output=True)
     counts: dict[str, int] = json.loads(done.stdout)
     return counts
 
 
-def test_a_killed_save_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
-    counts = storm(tmp_path, "helios")
-    assert (counts["torn"], counts["wrong"], counts["unswept"]) == (0, 0, 0)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_kill_before_and_after_every_call_that_changes_a_file(operation: str, tmp_path: Path) -> None:
+    counts = storm(tmp_path, operation, "calls")
+    assert counts["kills"] >= 30
     assert counts["orphans"] > 0, "no kill fell into a write, so nothing was shown"
-    (path,) = tmp_path.iterdir()
-    chkpt.verify(path)
+    assert (counts["lost"], counts["wrong"], counts["unswept"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_kills_at_random_instants(operation: str, tmp_path: Path) -> None:
+    counts = storm(tmp_path, operation, "random", "12")
+    assert counts["kills"] == 12
+    assert (counts["lost"], counts["wrong"], counts["unswept"]) == (0, 0, 0)
 
 
 def test_control_the_same_storm_tears_what_torch_writes_in_place(tmp_path: Path) -> None:
-    assert storm(tmp_path, "in_place")["torn"] > 0
+    assert storm(tmp_path, "in_place", "random", "12")["lost"] > 0
 
 
 EXIT = """
-import sys, torch
-from helios.chkpt import CheckpointStore
-store = CheckpointStore(sys.argv[1], "run")
-store.save_async({"x": torch.ones(1 << 20)}, epoch=1, iteration=1)
+import atexit, sys, torch
+from helios.chkpt import CheckpointStore, load, save
+state = {"x": torch.ones(1 << 20), "y": torch.ones(1 << 20)}
+store = CheckpointStore(sys.argv[1], "run", keep_last=1)
+store.save(state, epoch=1, iteration=0)
+if sys.argv[2] == "atexit":
+    @atexit.register
+    def last():
+        load(store.save(state, epoch=1, iteration=1))
+else:
+    store.save_async(state, epoch=1, iteration=1)
 if sys.argv[2] == "raise":
     raise SystemExit(3)
 """
 
 
-@pytest.mark.parametrize(("how", "status"), [("return", 0), ("raise", 3)])
-def test_the_interpreter_finishes_a_save_before_it_exits(how: str, status: int, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", EXIT, str(tmp_path), how], check=False, timeout=60)
-    assert done.returncode == status
+@pytest.mark.parametrize(("how", "status"), [("return", 0), ("raise", 3), ("atexit", 0)])
+def test_the_interpreter_finishes_a_save_and_its_retention_before_it_exits(
+    how: str, status: int, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", EXIT, str(tmp_path), how]
+    done = subprocess.run(command, check=False, timeout=60, capture_output=True)
+    assert (done.returncode, done.stderr) == (status, b"")
     (path,) = tmp_path.iterdir()
+    assert path.name == "run_epoch_1_iter_1.pth"
     chkpt.verify(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -12,13 +13,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 import torch
 
 from helios import chkpt
-from helios.chkpt import _atomic, _write
+from helios.chkpt import _atomic
 
 BIG = {"x": torch.arange(1 << 18, dtype=torch.float32)}  # 1 MiB
 
@@ -40,7 +41,7 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def check_failure(path: Path, code: int, state: dict[str, object]) -> None:
+def check_failure(path: Path, code: int) -> None:
     before = path.read_bytes()
     with pytest.raises(OSError) as caught:
         chkpt.save(BIG, path)
@@ -52,7 +53,47 @@ def check_failure(path: Path, code: int, state: dict[str, object]) -> None:
 
 def test_a_full_disk(tmp_path: Path, state: dict[str, object]) -> None:
     with mounted(tmp_path / "disk", "size=256k"):
-        check_failure(chkpt.save(state, tmp_path / "disk" / "a.pth"), errno.ENOSPC, state)
+        check_failure(chkpt.save(state, tmp_path / "disk" / "a.pth"), errno.ENOSPC)
+
+
+def test_a_full_disk_costs_no_time(tmp_path: Path, state: dict[str, object], kit: Any) -> None:
+    disk = tmp_path / "disk"
+    with mounted(disk, "size=256k"):
+        path = chkpt.save(state, disk / "a.pth")
+        with kit.watched(kit.Disk(disk, kit.error(0))) as calls:
+            check_failure(path, errno.ENOSPC)
+        assert "pwrite" not in calls.events  # it was asked before how much is free
+
+
+@pytest.mark.parametrize("method", ["save", "save_async"])
+def test_a_disk_that_somebody_fills_during_the_save(method: str, tmp_path: Path, kit: Any) -> None:
+    disk = tmp_path / "disk"
+    with mounted(disk, "size=2m"):
+
+        def fill(name: str) -> None:
+            with contextlib.suppress(OSError), (disk / "other").open("wb", buffering=0) as file:
+                while file.write(bytes(1 << 16)):
+                    pass
+
+        with chkpt.CheckpointStore(disk, "run") as store:
+            path = store.save({"x": 1}, epoch=1, iteration=1)
+            before = path.read_bytes()
+            with pytest.raises(OSError) as caught, kit.watched(kit.Disk(disk, fill, fails=4)):
+                getattr(store, method)(BIG, epoch=1, iteration=1)
+                store.wait()
+        assert caught.value.errno == errno.ENOSPC and caught.value.filename is not None
+        assert sorted(p.name for p in disk.iterdir()) == ["other", path.name]
+        assert path.read_bytes() == before
+
+
+def test_control_on_a_full_disk_torch_destroys_the_old_file(tmp_path: Path, state: dict[str, object]) -> None:
+    with mounted(tmp_path / "disk", "size=256k"):
+        path = tmp_path / "disk" / "a.pth"
+        torch.save(state, path)
+        with pytest.raises(RuntimeError):
+            torch.save(BIG, path)
+        with pytest.raises(RuntimeError):
+            torch.load(path, weights_only=True)
 
 
 def test_a_read_only_file_system(tmp_path: Path, state: dict[str, object]) -> None:
@@ -60,7 +101,7 @@ def test_a_read_only_file_system(tmp_path: Path, state: dict[str, object]) -> No
     with mounted(disk, "size=4m"):
         path = chkpt.save(state, disk / "a.pth")
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        check_failure(path, errno.EROFS, state)
+        check_failure(path, errno.EROFS)
 
 
 def test_the_limit_of_file_sizes(tmp_path: Path, state: dict[str, object]) -> None:
@@ -68,7 +109,7 @@ def test_the_limit_of_file_sizes(tmp_path: Path, state: dict[str, object]) -> No
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
-        check_failure(path, errno.EFBIG, state)
+        check_failure(path, errno.EFBIG)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -82,89 +123,10 @@ def test_a_folder_one_may_not_write_to(state: dict[str, object]) -> None:
         if user == 0:
             os.seteuid(65534)  # root may write anywhere
         try:
-            check_failure(path, errno.EACCES, state)
+            check_failure(path, errno.EACCES)
         finally:
             os.seteuid(user)
             folder.chmod(0o755)
-
-
-@pytest.mark.parametrize("code", [errno.EIO, errno.EDQUOT, errno.ENOSPC])
-def test_errors_of_the_device_at_fsync(
-    code: int, tmp_path: Path, state: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = chkpt.save(state, tmp_path / "a.pth")
-
-    def fsync(descriptor: int) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    check_failure(path, code, state)
-
-
-@pytest.mark.parametrize("num_good", [0, 1, 3, 8])
-def test_the_first_error_of_a_write_is_raised_whatever_torch_makes_of_it(
-    num_good: int, tmp_path: Path, state: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = chkpt.save(state, tmp_path / "a.pth")
-    calls: list[int] = []
-
-    class Failing(_write._Handle):
-        def __init__(self, file: IO[bytes]) -> None:
-            super().__init__(self)  # type: ignore[arg-type]
-            self._real, self._file = file, self  # type: ignore[assignment]
-
-        def write(self, data: bytes) -> int:
-            if self.error is None and len(calls) < num_good:
-                calls.append(len(data))
-                return self._real.write(data)
-            self.error = self.error or OSError(errno.EIO, f"write {len(calls)}")
-            calls.append(len(data))
-            raise OSError(errno.EIO, "a later one") if len(calls) > num_good + 1 else self.error
-
-    monkeypatch.setattr(_write, "_Handle", Failing)
-    before = path.read_bytes()
-    with pytest.raises(OSError, match=f"write {num_good}") as caught:
-        chkpt.save(BIG, path)
-    assert caught.value.errno == errno.EIO
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_an_interrupt_leaves_no_trace(
-    tmp_path: Path, state: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = chkpt.save(state, tmp_path / "a.pth")
-    before = path.read_bytes()
-
-    def fsync(descriptor: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(KeyboardInterrupt):
-        chkpt.save(BIG, path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_file_then_the_name_then_the_folder_reach_the_disk(
-    tmp_path: Path, state: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events: list[str] = []
-    fsync, replace = os.fsync, Path.replace
-
-    def logged_fsync(descriptor: int) -> None:
-        events.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
-        fsync(descriptor)
-
-    def logged_replace(self: Path, target: Path) -> Path:
-        events.append("replace")
-        chkpt.verify(self)  # all of it is in the file already
-        return replace(self, target)
-
-    monkeypatch.setattr(os, "fsync", logged_fsync)
-    monkeypatch.setattr(Path, "replace", logged_replace)
-    chkpt.save(state, tmp_path / "a.pth")
-    assert events == ["file", "replace", "folder"]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002, 0])
@@ -242,19 +204,15 @@ def test_a_name_of_255_bytes(tmp_path: Path) -> None:
 
 
 def test_the_temporary_file_is_hidden_and_no_checkpoint(
-    tmp_path: Path, state: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, state: dict[str, object], kit: Any
 ) -> None:
-    seen: list[Path] = []
-    save = torch.save
-
-    def spy(*arguments: object, **options: object) -> None:
-        seen.extend(tmp_path.iterdir())
-        save(*arguments, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(torch, "save", spy)
-    chkpt.save(state, tmp_path / "a.pth")
+    seen: list[str] = []
+    disk = kit.Disk(tmp_path, lambda name: seen.extend(p.name for p in tmp_path.iterdir()), fails=3)
+    with kit.watched(disk):
+        chkpt.save(state, tmp_path / "a.pth")
     (temp,) = seen
-    assert temp.name.startswith(".") and temp.suffix != ".pth"
+    assert temp.startswith(".a.pth.") and temp.endswith(".tmp")
+    assert chkpt.parse_name(temp) is None
     assert [target for _, target in _atomic.orphans(tmp_path)] == []
 
 

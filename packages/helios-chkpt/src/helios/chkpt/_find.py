@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from helios.chkpt._read import load, verify
 if TYPE_CHECKING:
     from helios.chkpt._materialise import MapLocation
 
+_MAX_LISTINGS = 10
 _LOGGER = logging.getLogger("helios.chkpt")
 
 
@@ -54,8 +55,7 @@ def find_last_checkpoint(
     folder = as_path("root", root)
     if run_name is not None:
         check_run_name(run_name)
-    candidates = (found.path for found in reversed(listed(folder, run_name)))
-    return next((path for path in candidates if verifies(path, safe_types)), None)
+    return next((path for path in _newest_first(folder, run_name) if verifies(path, safe_types)), None)
 
 
 def load_last_checkpoint(
@@ -84,15 +84,29 @@ def load_last_checkpoint(
     folder = as_path("root", root)
     if run_name is not None:
         check_run_name(run_name)
-    for found in reversed(listed(folder, run_name)):
+    for path in _newest_first(folder, run_name):
         try:
-            return found.path, load(found.path, map_location=map_location, safe_types=safe_types)
+            return path, load(path, map_location=map_location, safe_types=safe_types)
         except (VersionTooOldError, VersionTooNewError):
-            if verifies(found.path, safe_types):
+            if verifies(path, safe_types):
                 raise
         except (CheckpointError, OSError) as error:
-            _report(found.path, error)
+            _report(path, error)
     return None
+
+
+def _newest_first(folder: Path, run_name: str | None) -> Iterator[Path]:
+    """The files, newest first; once more if the folder has others by then.
+
+    A process that saves and prunes may delete all that was listed before it is looked at.
+    """
+    before: list[Path] | None = None
+    for _ in range(_MAX_LISTINGS):
+        paths = [found.path for found in reversed(listed(folder, run_name))]
+        if paths == before:
+            return
+        yield from paths
+        before = paths
 
 
 def check_run_name(run_name: object) -> None:
