@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -280,3 +281,10 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
         chkpt.inspect(tmp_path)
     with pytest.raises(TypeError):
         chkpt.inspect(3)  # type: ignore[arg-type]
+
+
+def test_what_is_shared_often_costs_no_time_as_text(tmp_path: Path, kit: Any) -> None:
+    """A key that is a call with a tuple of 2**100 parts, which are shared."""
+    size = b"ctorch\nSize\n" + b")" + b"q\x00h\x00\x86" * 100 + b"\x85R"
+    path = kit.archive(tmp_path / "a.pth", b"\x80\x02}" + size + b"Ns.")
+    assert len(repr(chkpt.inspect(path))) < 10_000

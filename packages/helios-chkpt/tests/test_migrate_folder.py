@@ -457,3 +457,13 @@ print(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text()).g
         peaks.append(int(done.stdout) / 1024)
     assert peaks[1] < peaks[0] + 40, peaks
     assert peaks[1] < 200, peaks
+
+
+def test_a_hostile_file_of_this_release_is_not_current(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, ("true",)
+
+    torch.save({"version": "3.0.0", "training_state": {}, "model": Evil(), "rng": {}}, tmp_path / "a.pth")
+    (result,) = migrate_checkpoints_to_current_version(tmp_path).results
+    assert result.outcome == "failed" and "posix.system" in result.reason

@@ -52,6 +52,7 @@ def plan_for(file: IO[bytes], path: Path, chain: Sequence[Migration]) -> Plan | 
     if archive.manifest is not None:
         if contents.is_newer:
             raise too_new(archive.manifest.version, path)
+        contents.check_safe(frozenset())
         return None
     # Those of tensors are checked while they are copied.
     check_records(file, archive, names=[n for n in archive.records if not n.startswith(_DATA)])
@@ -60,6 +61,7 @@ def plan_for(file: IO[bytes], path: Path, chain: Sequence[Migration]) -> Plan | 
         raise too_new(version, path)
     source = schema_of(state)
     if source == SCHEMA:
+        contents.check_safe(frozenset())
         return None
     steps = steps_from(source, chain)
     if not steps:

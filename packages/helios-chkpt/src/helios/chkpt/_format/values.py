@@ -79,9 +79,11 @@ class Call:
     """
 
     function: Global
-    args: tuple[object, ...]
-    state: object = None
-    items: list[object] = field(default_factory=list)
+    args: tuple[object, ...] = field(
+        repr=False
+    )  # a hostile file may share parts so often that text has no end
+    state: object = field(default=None, repr=False)
+    items: list[object] = field(default_factory=list, repr=False)
     is_new: bool = False
 
 
