@@ -1,7 +1,7 @@
 """Bringing the checkpoints of a folder to the current version.
 
 Each file is read inertly, its values take the steps of the chain, and its tensors are copied from file to file, a chunk
-at a time. The new file is read again and all its digests are compared, the old one gets a second name, and only then
+at a time. The new file is read again and all its sums are compared, the old one gets a second name, and only then
 the new one takes its place. At any instant there is the old file or the new one, whatever is killed.
 """
 
@@ -20,7 +20,6 @@ from helios.chkpt._arguments import as_path
 from helios.chkpt._atomic import orphans, resolve, sweep
 from helios.chkpt._errors import CheckpointError, CorruptError, explain
 from helios.chkpt._format import archive as archives
-from helios.chkpt._format import checksums
 from helios.chkpt._format.layout import Record
 from helios.chkpt._format.manifest import SCHEMA
 from helios.chkpt._write import write_archive
@@ -177,8 +176,8 @@ def _replace(file: IO[bytes], path: Path, plan: Plan, backup: bool, advance: Pro
 def _verify(new: IO[bytes], path: Path, olds: Sequence[Record]) -> None:
     """Prove that the new file is whole and that its tensors are those of the old one.
 
-    What was read from the old file is what the old file's CRCs are of; its SHA-256, taken while it was written, is
-    that of what is read from the new file now.
+    The sums that the old file had of its tensors are those of what was read from it, and those of what is read from
+    the new file now. Their SHA-256 was taken from the same bytes on their way and is in the new file.
     """
     archive = archives.open_archive(new, path)
     remedy = "Restore it from a copy, or go back to an earlier checkpoint."
@@ -187,14 +186,12 @@ def _verify(new: IO[bytes], path: Path, olds: Sequence[Record]) -> None:
         if (record.num_bytes, record.crc32) != (old.num_bytes, old.crc32):
             found = f"the CRC-32 {record.crc32:#010x} in the record {old.name!r}"
             raise CorruptError(explain(path, found, f"{old.crc32:#010x}", remedy))
-    noted = {record.name: record for record in archive.records.values() if record.sha256 is not None}
-    # Not `check_records`: it compares the CRCs as well, which adds nothing to SHA-256 but another reading.
-    for name, digest in checksums.sha256_sums(list(noted.values()), archives.reader(new, path)).items():
-        if digest != noted[name].sha256:
-            found = f"the SHA-256 {digest} in the record {name!r} of the new file, which was removed"
-            raise CorruptError(
-                explain(path, found, str(noted[name].sha256), "Check the disk, and try again.")
-            )
+    try:
+        archives.check_records(new, archive)
+    except CorruptError as error:
+        raise CorruptError(
+            f"{error} This is about the new file, which was removed: check the disk."
+        ) from error
 
 
 def _is_unchanged(before: os.stat_result, file: IO[bytes], target: Path) -> bool:
