@@ -70,17 +70,7 @@ def header_of(record: Record) -> bytes:
     padding = record.offset - record.start - _LOCAL.size - len(name) - len(extra) - _PADDING.size
     extra += _PADDING.pack(0x4246, padding) + bytes(padding)
     local = _LOCAL.pack(
-        b"PK\x03\x04",
-        _ZIP_VERSION,
-        0,
-        0,
-        0,
-        _FIRST_DAY,
-        record.crc32,
-        _LONG,
-        _LONG,
-        len(name),
-        len(extra),
+        b"PK\x03\x04", _ZIP_VERSION, 0, 0, 0, _FIRST_DAY, record.crc32, _LONG, _LONG, len(name), len(extra)
     )
     return local + name + extra
 
