@@ -361,8 +361,11 @@ def test_a_file_that_somebody_changes_meanwhile_is_theirs(
 
     monkeypatch.setattr(_migrate, "_verify", changing)
     result = migrate_file(old)
-    assert result.outcome == "failed"
-    assert "changed or replaced by somebody else" in result.reason
+    if change == "replaced":  # by a file that is current: another migration was faster
+        assert result.outcome == "current"
+    else:
+        assert result.outcome == "failed"
+        assert "changed or replaced by somebody else" in result.reason
     assert [p.name for p in old.parent.iterdir()] == ([] if change == "deleted" else [NAME])
     if change == "replaced":
         assert chkpt.load(old)["x"] == 1

@@ -134,6 +134,28 @@ def listed(folder: Path, run_name: str | None) -> list[Found]:
     return found
 
 
+def pth_files(root: Path, *, recursive: bool) -> list[Path]:
+    """What is named ``.pth`` in a folder and is no folder, sorted; folders below it that cannot be read are among it.
+
+    So somebody hears of them: nobody knows what is in them. Links to folders are not followed.
+
+    Raises:
+        OSError: `root` cannot be read, or is no folder.
+    """
+    found: list[Path] = []
+
+    def add(error: OSError) -> None:
+        if Path(error.filename) == root:
+            raise error
+        found.append(Path(error.filename))
+
+    for folder, _, names in os.walk(root, onerror=add):
+        found += [Path(folder, name) for name in names if name.endswith(".pth")]
+        if not recursive:
+            break
+    return sorted(found)
+
+
 def verifies(path: Path, safe_types: Sequence[type] = ()) -> bool:
     """Whether `path` passes `verify`; the reason why not is logged."""
     try:

@@ -198,9 +198,9 @@ class _Maker:
             case "torch.device", (str(kind), *index):
                 return torch.device(kind, *index)
             case "torch.serialization._get_layout", (str(layout),):
-                found = getattr(torch, layout.removeprefix("torch."))
-                assert isinstance(found, torch.layout)
-                return found
+                return getattr(
+                    torch, layout.removeprefix("torch.")
+                )  # `decode` lets nothing but layouts through
             case "torch._utils._rebuild_parameter", (torch.Tensor() as data, bool(requires_grad), _):
                 return torch.nn.Parameter(data, requires_grad)
             case "torch._utils._rebuild_sparse_tensor", (torch.layout() as layout, tuple(parts)):

@@ -10,7 +10,7 @@ import torch
 
 from helios.chkpt._format.layout import ALIGNMENT
 from helios.chkpt._snapshot import Snapshot, snapshot
-from helios.chkpt._tensors import bytes_of
+from helios.chkpt._tensors import bytes_of, copy_bytes
 from helios.chkpt._write import Memory
 
 
@@ -32,11 +32,15 @@ class State:
 def stated(state: Mapping[str, object]) -> State:
     """A state that shares the memory of its tensors, so it has to be written before they change.
 
+    If they do change meanwhile, in another thread, what is written is between the two, but can be read.
+
     Raises:
         TypeError, ValueError: as `snapshot`, or `state` has a key ``version``.
     """
     taken = _snapshot(state)
-    return _state(taken, [bytes_of(piece) for piece in taken.pieces])
+    contents = [bytes_of(piece) for piece in taken.pieces]
+    sources = [Memory(memory_of(content), may_change=True) for content in contents]
+    return State(taken.values, sources, contents)
 
 
 class Staging:
@@ -62,9 +66,11 @@ class Staging:
             self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")  # first let go of the old one
             self._buffer = torch.empty(total, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         pieces = zip(taken.pieces, starts, strict=True)
-        return _state(
-            taken, [bytes_of(piece, self._buffer[start : start + piece.num_bytes]) for piece, start in pieces]
-        )
+        memory, sources = memory_of(self._buffer), []
+        for piece, start in pieces:
+            copy_bytes(piece, self._buffer, start)
+            sources.append(Memory(memory[start : start + piece.num_bytes]))
+        return State(taken.values, sources, [self._buffer])
 
 
 def _snapshot(state: Mapping[str, object]) -> Snapshot:
@@ -72,10 +78,6 @@ def _snapshot(state: Mapping[str, object]) -> Snapshot:
     if "version" in taken.values:
         raise ValueError("state: the key 'version' is added by save; expected a state without it")
     return taken
-
-
-def _state(taken: Snapshot, contents: list[torch.Tensor]) -> State:
-    return State(taken.values, [Memory(memory_of(content)) for content in contents], contents)
 
 
 def memory_of(content: torch.Tensor) -> memoryview:

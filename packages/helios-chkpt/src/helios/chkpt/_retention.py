@@ -1,7 +1,8 @@
-"""Which checkpoints may be deleted. Pure functions: files are looked at by functions that are passed in."""
+"""Which checkpoints may be deleted. Nothing is read here: files are looked at by functions that are passed in."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,8 @@ def deletable(
 ) -> list[Path]:
     """The files that may be deleted, newest first.
 
-    Damaged files count for nothing: those newer than the last one that is kept stay, for somebody to look at.
+    Damaged files count for nothing: those newer than the last one that is kept stay, for somebody to look at. What a
+    link that is kept leads to is kept, too.
 
     Args:
         newest_first: the files of a run.
@@ -84,7 +86,9 @@ def deletable(
         kept |= {c.path for c in older if c.iteration % retention.keep_every == 0}
     if retention.keep_best is not None:
         kept |= _best(newest_first, retention.keep_best, is_good, score)
-    return [c.path for c in older if c.path not in kept]
+    found = {c.path for c in older if c.path not in kept}
+    needed = {os.path.realpath(c.path) for c in newest_first if c.path not in found}
+    return [c.path for c in older if c.path in found and os.path.realpath(c.path) not in needed]
 
 
 def _best(

@@ -132,8 +132,8 @@ class CheckpointStore:
         if self._staging is None:
             self._staging = Staging()
         job = _Job(self, self._staging.staged(state), path, check_score(score))
+        self._job = job  # before it starts: whatever interrupts that, the job is waited for
         job.start()
-        self._job = job
         return path
 
     def last(self) -> Path | None:
@@ -166,7 +166,7 @@ class CheckpointStore:
             raise ValueError(f"the store of run {self._run_name!r} is closed; make a new one")
         job = self._job
         if job is not None:
-            job.join()  # an interrupt here leaves the job: it still reads the staging buffer
+            job.wait()  # an interrupt here leaves the job: it still reads the staging buffer
             self._job = None
             if job.error is not None:
                 raise job.error
@@ -229,13 +229,7 @@ class CheckpointStore:
             Candidate(f.path, f.name.iteration) for f in reversed(listed(self._root, self._run_name))
         ]
         found = deletable(newest_first, self._retention, is_good=self._is_good, score=read_score)
-        # A link that is kept is nothing without the file that it leads to.
-        kept = {os.path.realpath(c.path) for c in newest_first if c.path not in found}
-        return [
-            path
-            for path in reversed(found)
-            if path != self._newest and os.path.realpath(path) not in kept and self._delete(path)
-        ]
+        return [path for path in reversed(found) if path != self._newest and self._delete(path)]
 
     def _is_good(self, path: Path) -> bool:
         """Whether a file verifies; one that did and has not changed is not read again."""
@@ -269,9 +263,30 @@ class _Job(threading.Thread):
         self._state: State | None = state
         self._path = path
         self._score = score
+        self._claim = threading.Lock()  # of the thread; or of `wait`, if an interrupt kept it from starting
+        self._is_started = False
+        self._pid = os.getpid()
+        self._is_done = threading.Event()
         self.error: BaseException | None = None
 
+    def start(self) -> None:
+        super().start()
+        self._is_started = True
+
+    def wait(self) -> None:
+        """Return when the thread reads the state no more.
+
+        Not by `join`: in Python before 3.13 one that Ctrl-C interrupts takes the thread for ended ever after, and the
+        interpreter does not finish it when it exits.
+        """
+        if self._pid != os.getpid():
+            return  # a process that was forked off has the store, but not its thread
+        if self._is_started or not self._claim.acquire(blocking=False):
+            self._is_done.wait()
+
     def run(self) -> None:
+        if not self._claim.acquire(blocking=False):
+            return  # whoever called `save_async` was interrupted, and has been told so
         try:
             assert self._state is not None
             self._store._write(self._state, self._path, self._score, in_background=True)
@@ -281,6 +296,7 @@ class _Job(threading.Thread):
             _LOGGER.error("%s was not saved: %s: %s", self._path, type(error).__name__, error)
         finally:
             self._state = None
+            self._is_done.set()
 
 
 def _identity(path: Path) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ _COMPRESSED = {
     torch.sparse_csc: ("ccol_indices", "row_indices"),
     torch.sparse_bsc: ("ccol_indices", "row_indices"),
 }
+_SMALL_BYTES = 1 << 16  # what one thread copies faster than torch has the tensors for it made
 _QUANTISED = {"qint8", "quint8", "qint32"}
 
 
@@ -97,11 +99,12 @@ def leaf_of(tensor: torch.Tensor, path: str) -> Leaf:
     empty = Storage(
         "", dtype if dtype in STORAGE_CLASSES else "uint8", "cpu", 0, dtype not in STORAGE_CLASSES
     )
-    stored = Tensor(empty, dtype, 0, tuple(source.size()), tuple(source.stride()))
+    size, stride = tuple(source.size()), tuple(source.stride())
+    stored = Tensor(empty, dtype, 0, size, stride)
     if source.numel() == 0:
         return Leaf(path, source, stored, None, 0, 0)
     first = int(source.storage_offset()) * source.itemsize
-    extent = sum((size - 1) * stride for size, stride in zip(source.size(), source.stride(), strict=True))
+    extent = sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     last = first + (extent + 1) * source.itemsize
     if last > storage.nbytes():
         raise ValueError(
@@ -236,6 +239,18 @@ def bytes_of(piece: Piece, into: torch.Tensor | None = None) -> torch.Tensor:
             if offset >= 0 and offset + piece.num_bytes <= leaf.source.untyped_storage().nbytes():
                 return _byte_range(leaf.source, offset, piece.num_bytes)
     return _copied(piece, into)
+
+
+def copy_bytes(piece: Piece, buffer: torch.Tensor, start: int) -> None:
+    """Copy the content of the record into a uint8 tensor on the CPU, to where `start` says."""
+    if (
+        piece.num_bytes <= _SMALL_BYTES
+        and not piece.is_packed
+        and piece.leaves[0].source.device.type == "cpu"
+    ):
+        ctypes.memmove(buffer.data_ptr() + start, piece.start, piece.num_bytes)
+    else:
+        bytes_of(piece, buffer[start : start + piece.num_bytes])
 
 
 def _copied(piece: Piece, into: torch.Tensor | None) -> torch.Tensor:

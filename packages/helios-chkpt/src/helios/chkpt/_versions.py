@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
@@ -68,4 +69,4 @@ def major_of(version: object) -> int | None:
 
 
 def _command(path: Path) -> str:
-    return f"python -m helios.chkpt_migrator {path.parent}"
+    return f"python -m helios.chkpt_migrator {shlex.quote(str(path.parent))}"

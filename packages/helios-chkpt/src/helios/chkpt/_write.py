@@ -123,16 +123,24 @@ class Memory:
 
     Args:
         content: the bytes, not copied.
+        may_change: another thread may write to them meanwhile. Then each piece is copied first, so that its sums are
+            those of what is written, whatever that is: the file can be read.
     """
 
-    def __init__(self, content: bytes | memoryview) -> None:
+    def __init__(self, content: bytes | memoryview, *, may_change: bool = False) -> None:
         self._content = memoryview(content)
+        self._may_change = may_change
         self.num_bytes = self._content.nbytes
 
     def chunks(self, chunk_bytes: int) -> Iterator[memoryview]:
         """See `Source`."""
+        copy = memoryview(bytearray(min(chunk_bytes, self.num_bytes) if self._may_change else 0))
         for start in range(0, self.num_bytes, chunk_bytes):
-            yield self._content[start : start + chunk_bytes]
+            piece = self._content[start : start + chunk_bytes]
+            if self._may_change:
+                copy[: len(piece)] = piece
+                piece = copy[: len(piece)]
+            yield piece
 
 
 class _Writer:
@@ -197,7 +205,7 @@ class _Writer:
                 raise OSError(errno.EIO, "a write of no bytes", str(self._path))
             data = data[count:]
             position += count
-        if position - self._flushed >= _WRITEBACK_BYTES:
+        if position - self._flushed >= _WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):  # not on macOS
             # The disk begins at once, not at fsync: that halves the time a large file takes.
             with suppress(OSError):  # advice, no more
                 os.posix_fadvise(

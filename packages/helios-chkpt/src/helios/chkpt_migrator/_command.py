@@ -18,6 +18,7 @@ from helios.chkpt._cli import (
     Command,
     Status,
     main,
+    path_of,
     plural,
     print_json,
     print_table,
@@ -40,7 +41,7 @@ def helios_chkpt(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", metavar="ROOT", type=Path, help="folder with .pth files, in it or below")
+    parser.add_argument("root", metavar="ROOT", type=path_of, help="folder with .pth files, in it or below")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
     parser.add_argument(
         "--no-backup", action="store_true", help="keep no old file; otherwise it stays as <name>.pth.bak"

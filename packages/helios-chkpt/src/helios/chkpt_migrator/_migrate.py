@@ -19,6 +19,7 @@ from typing import IO, Literal
 from helios.chkpt._arguments import as_path
 from helios.chkpt._atomic import orphans, resolve, sweep
 from helios.chkpt._errors import CheckpointError, CorruptError, explain
+from helios.chkpt._find import pth_files
 from helios.chkpt._format import archive as archives
 from helios.chkpt._format.layout import Record
 from helios.chkpt._format.manifest import SCHEMA
@@ -101,6 +102,7 @@ def migrate_checkpoints_to_current_version(
 
     Raises:
         FileNotFoundError, NotADirectoryError: `root` is no folder.
+        OSError: it cannot be read. A folder below it that cannot be is a result that failed.
         TypeError, ValueError: `root` is no path.
     """
     folder = as_path("root", root)
@@ -117,7 +119,15 @@ def checkpoint_files(root: Path) -> list[Path]:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(root))
     if not root.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(root))
-    return sorted(path for path in root.rglob("*.pth") if not path.name.startswith(".") and path.is_file())
+    return [p for p in pth_files(root, recursive=True) if not p.name.startswith(".") and _may_be_file(p)]
+
+
+def _may_be_file(path: Path) -> bool:
+    """Whether a path is a regular file; or a file or folder that cannot be looked at: somebody should hear of it."""
+    try:
+        return path.is_file() or path.is_dir()
+    except OSError:
+        return True
 
 
 def total_bytes(paths: Iterable[Path]) -> int:
@@ -136,21 +146,42 @@ def migrate_file(
     """Bring one file to the current version by the steps of `chain`; see `migrate_checkpoints_to_current_version`."""
     meter = _Meter(_size(path), progress)
     try:
-        with archives.open_file(path) as file:
-            plan = plan_for(file, path, chain)
-            if plan is None:
+        try:
+            return _migrated(path, chain, dry_run, backup, meter.advance)
+        except _ChangedError:
+            if _is_current(path, chain):  # another migration was faster
                 return FileResult(path, "current", source=SCHEMA, target=SCHEMA)
-            if dry_run:
-                archives.check_records(file, plan.archive)
-                return FileResult(path, "would migrate", source=plan.source, target=SCHEMA, notes=plan.notes)
-            kept = _replace(file, path, plan, backup, meter.advance)
-            return FileResult(
-                path, "migrated", source=plan.source, target=SCHEMA, backup=kept, notes=plan.notes
-            )
+            raise
     except (CheckpointError, OSError, TypeError, ValueError, RecursionError) as error:
         return FileResult(path, "failed", f"{type(error).__name__}: {error}")
     finally:
         meter.finish()
+
+
+class _ChangedError(OSError):
+    """Somebody else changed or replaced a file while it was migrated."""
+
+
+def _migrated(
+    path: Path, chain: Sequence[Migration], dry_run: bool, backup: bool, advance: Progress
+) -> FileResult:
+    with archives.open_file(path) as file:
+        plan = plan_for(file, path, chain)
+        if plan is None:
+            return FileResult(path, "current", source=SCHEMA, target=SCHEMA)
+        if dry_run:
+            archives.check_records(file, plan.archive)
+            return FileResult(path, "would migrate", source=plan.source, target=SCHEMA, notes=plan.notes)
+        kept = _replace(file, path, plan, backup, advance)
+        return FileResult(path, "migrated", source=plan.source, target=SCHEMA, backup=kept, notes=plan.notes)
+
+
+def _is_current(path: Path, chain: Sequence[Migration]) -> bool:
+    try:
+        with archives.open_file(path) as file:
+            return plan_for(file, path, chain) is None
+    except (CheckpointError, OSError):
+        return False
 
 
 def _replace(file: IO[bytes], path: Path, plan: Plan, backup: bool, advance: Progress) -> Path | None:
@@ -164,7 +195,7 @@ def _replace(file: IO[bytes], path: Path, plan: Plan, backup: bool, advance: Pro
         take_over(before, new)
         if not _is_unchanged(before, file, target):
             message = "it was changed or replaced by somebody else while it was migrated"
-            raise OSError(errno.EBUSY, message, str(path))
+            raise _ChangedError(errno.EBUSY, message, str(path))
         if backup:
             kept.append(keep(file, target))
 

@@ -1,6 +1,6 @@
 """The command line, but for `migrate`, which is above this package: `helios.chkpt_migrator` puts all together."""
 
-from helios.chkpt._cli._command import Command, Status, main
+from helios.chkpt._cli._command import Command, Status, main, path_of
 from helios.chkpt._cli._diff import DIFF
 from helios.chkpt._cli._inspect import INSPECT
 from helios.chkpt._cli._ls import LS
@@ -18,6 +18,7 @@ __all__ = [
     "Command",
     "Status",
     "main",
+    "path_of",
     "plural",
     "print_json",
     "print_table",

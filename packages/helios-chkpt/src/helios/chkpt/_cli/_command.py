@@ -83,6 +83,13 @@ def _open_streams() -> None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  # until the process ends
 
 
+def path_of(text: str) -> Path:
+    """The path that an argument is: not an empty one, which a shell makes of a variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected the path of a file or folder, got ''")
+    return Path(text)
+
+
 def print_error(prog: str, error: Exception) -> None:
     """Say on stderr what went wrong, in a line."""
     if isinstance(error, OSError) and error.filename is not None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from helios.chkpt._cli._command import Command, Status, print_error
+from helios.chkpt._cli._command import Command, Status, path_of, print_error
 from helios.chkpt._cli._output import Column, plural, print_json, print_table
 from helios.chkpt._comparison import Difference, diff
 from helios.chkpt._errors import CheckpointError
@@ -15,8 +14,8 @@ _COLUMNS = (Column("PLACE", shrinks=True), Column("DIFFERENCE"), Column("A -> B"
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", metavar="A", type=Path, help="a .pth file")
-    parser.add_argument("b", metavar="B", type=Path, help="another")
+    parser.add_argument("a", metavar="A", type=path_of, help="a .pth file")
+    parser.add_argument("b", metavar="B", type=path_of, help="another")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -15,6 +15,7 @@ from helios.chkpt._errors import (
     VersionTooNewError,
     VersionTooOldError,
 )
+from helios.chkpt._find import pth_files
 from helios.chkpt._format.archive import open_archive, open_file
 from helios.chkpt._format.manifest import SCHEMA
 from helios.chkpt._inspect import load_error, version_of
@@ -79,16 +80,16 @@ class Listed:
 
 
 def checkpoint_files(root: Path, *, recursive: bool) -> list[Path]:
-    """The ``.pth`` files in a folder, sorted.
+    """The ``.pth`` files in a folder, sorted; see `pth_files`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: it is none.
+        OSError: it cannot be read.
     """
     if not root.is_dir():
         number = errno.ENOTDIR if root.exists() else errno.ENOENT
         raise OSError(number, os.strerror(number), str(root))
-    found = root.rglob("*.pth") if recursive else root.glob("*.pth")
-    return sorted(path for path in found if not path.is_dir())
+    return pth_files(root, recursive=recursive)
 
 
 def look_at(path: Path, *, verify_all: bool) -> Listed:

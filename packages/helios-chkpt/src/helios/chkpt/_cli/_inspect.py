@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from helios.chkpt._cli._command import Command, Status
+from helios.chkpt._cli._command import Command, Status, path_of
 from helios.chkpt._cli._files import reason_of
 from helios.chkpt._cli._output import Column, print_json, print_table, size_text
 from helios.chkpt._inspect import CheckpointInfo, Entry, inspect
@@ -28,7 +27,7 @@ _VALUES = (
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", type=Path, help="a .pth file")
+    parser.add_argument("file", metavar="FILE", type=path_of, help="a .pth file")
     parser.add_argument("--tensors", action="store_true", help="list the tensors")
     parser.add_argument("--all", action="store_true", help="list the tensors and all other values")
     parser.add_argument("--json", action="store_true", help="print JSON, always with everything")

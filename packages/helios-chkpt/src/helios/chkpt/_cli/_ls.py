@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from helios.chkpt._cli._command import Command, Status
+from helios.chkpt._cli._command import Command, Status, path_of
 from helios.chkpt._cli._files import RESUMABLE, Listed, State, checkpoint_files, look_at
 from helios.chkpt._cli._output import Column, mib_text, plural, print_json, print_table, size_text, time_text
 from helios.chkpt._naming import parse_name
@@ -29,7 +30,7 @@ _BAD = frozenset({State.BAD, State.UNREADABLE, State.REFUSED})
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", metavar="ROOT", type=Path, help="folder with .pth files")
+    parser.add_argument("root", metavar="ROOT", type=path_of, help="folder with .pth files")
     parser.add_argument("--run", metavar="NAME", help="this run only; without it, all .pth files")
     parser.add_argument("--recursive", action="store_true", help="in the folders below ROOT, too")
     parser.add_argument("--verify", action="store_true", help="read every byte: finds files that rotted")
@@ -76,7 +77,9 @@ def _print(files: Sequence[Listed], resumed: set[Listed], arguments: argparse.Na
             print(f"{printable(_name(file, arguments.root))}: {printable(file.reason)}")
     num_old = sum(file.state is State.OLD for file in files)
     if num_old:
-        print(f"{plural(num_old, 'file')} to migrate: helios-chkpt migrate {printable(str(arguments.root))}")
+        print(
+            f"{plural(num_old, 'file')} to migrate: helios-chkpt migrate {printable(shlex.quote(str(arguments.root)))}"
+        )
     total = size_text(sum(file.num_bytes for file in files))
     print(f"{plural(len(files), 'file')}, {total}. {_MARK} is what a resume takes{_condition(arguments)}.")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from helios.chkpt._cli._command import Command, Status
+from helios.chkpt._cli._command import Command, Status, path_of
 from helios.chkpt._cli._files import checkpoint_files, reason_of
 from helios.chkpt._cli._output import plural, print_json, size_text
 from helios.chkpt._find import listed, verifies
@@ -34,7 +34,7 @@ class _Result:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", metavar="ROOT", type=Path, help="folder with the checkpoints")
+    parser.add_argument("root", metavar="ROOT", type=path_of, help="folder with the checkpoints")
     parser.add_argument("--run", metavar="NAME", required=True, help="the run; files of others stay")
     parser.add_argument(
         "--keep-last", metavar="K", type=int, required=True, help="keep the newest K that verify"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from helios.chkpt._cli._command import Command, Status
+from helios.chkpt._cli._command import Command, Status, path_of
 from helios.chkpt._cli._files import checkpoint_files, reason_of
 from helios.chkpt._cli._output import plural, print_json
 from helios.chkpt._errors import CheckpointError
@@ -27,7 +27,7 @@ _WORDS = {Status.FINE: "ok", Status.BAD: "bad", Status.UNUSABLE: "unreadable"}
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "paths", metavar="FILE_OR_FOLDER", type=Path, nargs="+", help="a .pth file, or a folder with some"
+        "paths", metavar="FILE_OR_FOLDER", type=path_of, nargs="+", help="a .pth file, or a folder with some"
     )
     parser.add_argument("--recursive", action="store_true", help="in the folders below each folder, too")
     parser.add_argument(

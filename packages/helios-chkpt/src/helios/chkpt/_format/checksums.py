@@ -45,7 +45,9 @@ class Segment:
 
 def num_threads() -> int:
     """How many threads may work: one for each processor that this process may use, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)))
+    if hasattr(os, "sched_getaffinity"):
+        return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)  # macOS
 
 
 def segments(record: Record) -> Iterator[Segment]:

@@ -18,6 +18,10 @@ from helios.chkpt._format.values import Call, Global, Storage, Tensor, parts_of
 MAX_DEPTH = 200
 """Containers within containers that a file may have."""
 
+_LAYOUTS = frozenset(
+    f"torch.{name}"
+    for name in ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
+)
 _MAX_NUMBER = 2**63  # what torch counts elements with
 _KEY_PARTS = 10**6  # to hash a tuple costs as much as it has parts, each as often as it is referred to
 
@@ -396,6 +400,13 @@ def _numbers(values: object) -> tuple[int, ...]:
     return values
 
 
+def _layout(args: tuple[object, ...]) -> Call:
+    (name,) = args
+    if type(name) is not str or name not in _LAYOUTS:  # torch would import what is named `torch._inductor`
+        raise MalformedError(f"the layout {name!r:.80}")
+    return Call(Global("torch.serialization", "_get_layout"), args)
+
+
 _MAKERS: dict[str, Callable[[tuple[object, ...]], object]] = {
     "collections.OrderedDict": _ordered_dict,
     "collections.Counter": _counter,
@@ -407,6 +418,7 @@ _MAKERS: dict[str, Callable[[tuple[object, ...]], object]] = {
     "torch._utils._rebuild_tensor_v2": _dense,
     "torch._utils._rebuild_tensor_v3": _dense_untyped,
     "torch._utils._rebuild_qtensor": _quantised,
+    "torch.serialization._get_layout": _layout,
 }
 
 _ACTIONS: dict[bytes, Callable[[_Machine], None]] = {
