@@ -196,7 +196,7 @@ def test_an_interrupt_while_a_save_is_waited_for_does_not_let_go_of_its_memory(
     store = CheckpointStore(tmp_path, "run")
     first = store.save_async({"x": torch.zeros(1000)}, epoch=1, iteration=1)
     with monkeypatch.context() as patched:
-        patched.setattr(_store._Job, "wait", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(_store.SaveJob, "wait", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             store.save_async({"x": torch.ones(1000)}, epoch=1, iteration=2)
     threading.Timer(0, go.set).start()

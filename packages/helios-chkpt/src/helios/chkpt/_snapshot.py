@@ -158,17 +158,17 @@ class _Walk:
             _tensors.complete_sparse(stored, [self._leaf(part, f"{place}.{name}") for name, part in parts])
         elif tensor.is_quantized:
             params = [
-                self._leaf(param, str(place)) if isinstance(param, torch.Tensor) else param
+                self._leaf(param, place) if isinstance(param, torch.Tensor) else param
                 for param in _tensors.quantisation(tensor)
             ]
-            stored = _tensors.quantised_call(self._leaf(tensor, str(place)), tuple(params))
+            stored = _tensors.quantised_call(self._leaf(tensor, place), tuple(params))
             self.quantised.append(stored)
         else:
-            stored = self._leaf(tensor, str(place))
+            stored = self._leaf(tensor, place)
         self._done[id(tensor)] = stored
         return stored
 
-    def _leaf(self, tensor: torch.Tensor, path: str) -> Tensor:
+    def _leaf(self, tensor: torch.Tensor, path: object) -> Tensor:
         self.leaves.append(_tensors.leaf_of(tensor, path))
         return self.leaves[-1].stored
 

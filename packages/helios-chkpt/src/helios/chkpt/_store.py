@@ -6,7 +6,6 @@ import builtins
 import contextlib
 import logging
 import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 from helios.chkpt._arguments import as_path, check_score
 from helios.chkpt._atomic import orphans, sweep
 from helios.chkpt._find import check_run_name, find_last_checkpoint, listed, verifies
+from helios.chkpt._job import SaveJob
 from helios.chkpt._naming import CheckpointName, format_name, parse_name
 from helios.chkpt._read import read_score, verify
 from helios.chkpt._retention import Candidate, Retention, deletable
@@ -60,7 +60,7 @@ class CheckpointStore:
         format_name(CheckpointName(run_name, 0, 0))
         self._run_name = run_name
         self._retention = Retention(keep_last, keep_every, keep_best)
-        self._job: _Job | None = None
+        self._job: SaveJob | None = None
         self._staging: Staging | None = None
         self._closed = False
         self._newest: Path | None = None
@@ -131,7 +131,9 @@ class CheckpointStore:
         path = self._path(epoch, iteration, metadata)
         if self._staging is None:
             self._staging = Staging()
-        job = _Job(self, self._staging.staged(state), path, check_score(score))
+        number = check_score(score)
+        staged = self._staging.staged(state)
+        job = SaveJob(path, lambda: self._write(staged, path, number, in_background=True))
         self._job = job  # before it starts: whatever interrupts that, the job is waited for
         job.start()
         return path
@@ -252,51 +254,6 @@ class CheckpointStore:
             _LOGGER.warning("could not delete %s: %s", path, error)
             return False
         return True
-
-
-class _Job(threading.Thread):
-    """One save in the background. Not a daemon: the interpreter finishes it before it exits."""
-
-    def __init__(self, store: CheckpointStore, state: State, path: Path, score: float | None) -> None:
-        super().__init__(name=f"save {path.name}", daemon=False)
-        self._store = store
-        self._state: State | None = state
-        self._path = path
-        self._score = score
-        self._claim = threading.Lock()  # of the thread; or of `wait`, if an interrupt kept it from starting
-        self._is_started = False
-        self._pid = os.getpid()
-        self._is_done = threading.Event()
-        self.error: BaseException | None = None
-
-    def start(self) -> None:
-        super().start()
-        self._is_started = True
-
-    def wait(self) -> None:
-        """Return when the thread reads the state no more.
-
-        Not by `join`: in Python before 3.13 one that Ctrl-C interrupts takes the thread for ended ever after, and the
-        interpreter does not finish it when it exits.
-        """
-        if self._pid != os.getpid():
-            return  # a process that was forked off has the store, but not its thread
-        if self._is_started or not self._claim.acquire(blocking=False):
-            self._is_done.wait()
-
-    def run(self) -> None:
-        if not self._claim.acquire(blocking=False):
-            return  # whoever called `save_async` was interrupted, and has been told so
-        try:
-            assert self._state is not None
-            self._store._write(self._state, self._path, self._score, in_background=True)
-        except BaseException as error:
-            self.error = error
-            # Also logged, since nobody may ask again.
-            _LOGGER.error("%s was not saved: %s: %s", self._path, type(error).__name__, error)
-        finally:
-            self._state = None
-            self._is_done.set()
 
 
 def _identity(path: Path) -> tuple[int, ...]:

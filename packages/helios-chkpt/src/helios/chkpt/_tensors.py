@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -23,12 +24,11 @@ _SMALL_BYTES = 1 << 16  # what one thread copies faster than torch has the tenso
 _QUANTISED = {"qint8", "quint8", "qint32"}
 
 
-@dataclass(frozen=True)
-class Leaf:
+class Leaf(NamedTuple):
     """A strided tensor of the state and what describes it in the snapshot.
 
     Attributes:
-        path: where the tensor is in the state, for messages.
+        path: where the tensor is in the state: made into text if a message needs it.
         source: the tensor, detached.
         stored: its description, without storage until `pieces_of` has seen all leaves.
         space: what `start` counts in: two leaves overlap only within one space.
@@ -36,7 +36,7 @@ class Leaf:
         stop: one past its last byte; equal to `start` if it has no elements.
     """
 
-    path: str
+    path: object
     source: torch.Tensor
     stored: Tensor
     space: object
@@ -44,8 +44,7 @@ class Leaf:
     stop: int
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Bytes that become one record: those of a tensor, or of several that overlap.
 
     Attributes:
@@ -80,12 +79,13 @@ def unsupported(tensor: torch.Tensor) -> str | None:
     return None
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """Such as ``float32``."""
     return str(dtype).removeprefix("torch.")
 
 
-def leaf_of(tensor: torch.Tensor, path: str) -> Leaf:
+def leaf_of(tensor: torch.Tensor, path: object) -> Leaf:
     """The leaf for a strided tensor.
 
     Raises:
@@ -96,11 +96,8 @@ def leaf_of(tensor: torch.Tensor, path: str) -> Leaf:
         source = source.resolve_conj().resolve_neg()
     storage = source.untyped_storage()
     dtype = dtype_name(source.dtype)
-    empty = Storage(
-        "", dtype if dtype in STORAGE_CLASSES else "uint8", "cpu", 0, dtype not in STORAGE_CLASSES
-    )
     size, stride = tuple(source.size()), tuple(source.stride())
-    stored = Tensor(empty, dtype, 0, size, stride)
+    stored = Tensor(_no_storage(dtype), dtype, 0, size, stride)
     if source.numel() == 0:
         return Leaf(path, source, stored, None, 0, 0)
     first = int(source.storage_offset()) * source.itemsize
@@ -116,6 +113,13 @@ def leaf_of(tensor: torch.Tensor, path: str) -> Leaf:
         return Leaf(path, source, stored, "cpu", base + first, base + last)
     # Elsewhere data_ptr() may be a handle, so only tensors of one storage are known to share memory.
     return Leaf(path, source, stored, (source.device, storage._cdata), first, last)
+
+
+@functools.cache
+def _no_storage(dtype: str) -> Storage:
+    """What a tensor has until its storage is known."""
+    is_typed = dtype in STORAGE_CLASSES
+    return Storage("", dtype if is_typed else "uint8", "cpu", 0, not is_typed)
 
 
 def sparse_parts(tensor: torch.Tensor) -> tuple[list[tuple[str, torch.Tensor]], Call]:
@@ -201,9 +205,12 @@ def _piece(leaves: list[Leaf], component: Component) -> Piece:
                 f"{head.path} ({head.source.dtype}) and {leaf.path} ({leaf.source.dtype}) share memory "
                 "but not their elements, which no torch file can hold; store one of them, or a clone()"
             )
-    views = {(leaf.start, leaf.source.size(), leaf.source.stride()) for leaf in leaves}
     # One view with holes, such as a column: only what it shows is stored, so its strides change.
-    is_packed = len(views) == 1 and head.source.nbytes < component.stop - component.start
+    is_packed = head.source.nbytes < component.stop - component.start and all(
+        (leaf.start, leaf.stored.shape, leaf.stored.stride)
+        == (head.start, head.stored.shape, head.stored.stride)
+        for leaf in leaves[1:]
+    )
     return Piece(tuple(leaves), component.start, component.stop, is_packed)
 
 
