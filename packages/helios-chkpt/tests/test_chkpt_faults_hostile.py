@@ -138,7 +138,6 @@ CALLS: list[tuple[Callable[..., object], tuple[object, ...], str]] = [
     (torch.save, (1, "mark"), "torch.serialization.save"),
     (torch.hub.load, ("a/b", "c"), "torch.hub.load"),
     (torch.from_file, ("mark", True, 10), "getattr"),
-    (torch.compile, (1,), "torch.compile"),
     (torch.set_num_threads, (1,), "set_num_threads"),
     (torch.ones, (2,), "getattr"),
     (torch.empty, (1 << 40,), "getattr"),
