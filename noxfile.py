@@ -129,7 +129,7 @@ def statistics(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Slow: time and memory of helios-data and its peers, as tables; wants a quiet machine."""
+    """Slow: time and memory of helios-data, helios-chkpt and their peers, as tables; wants a quiet machine."""
     install_packages(session, "-r", "benchmarks/requirements.txt")
     session.run("python", "-m", "benchmarks.run", *session.posargs)
 

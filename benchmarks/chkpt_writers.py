@@ -124,7 +124,7 @@ def lightning(state: State) -> Write:
 WRITERS = {
     "write + fsync": Writer(plain, "none", "file, here"),
     "control": Writer(plain, "none", "file, here"),
-    "helios save": Writer(helios, "of every record", "file and name, itself"),
+    "helios save": Writer(helios, "SHA-256 and CRC-32, read", "file and name, itself"),
     "torch.save(path)": Writer(torch_path, "CRC-32, unread", "file, here"),
     "torch.save(handle)": Writer(torch_handle, "CRC-32, unread", "file, here"),
     "safetensors save_file": Writer(safetensors, "none", "file, here"),
