@@ -300,7 +300,7 @@ def test_tables_that_nobody_kept_begin_empty(kit, tmp_path):
 
 @pytest.mark.parametrize("is_there", [True, False])
 @pytest.mark.parametrize("is_killed", [True, False])
-def test_killed_before_its_first_own_checkpoint(python, tmp_path, is_there, is_killed):
+def test_killed_before_its_first_own_checkpoint(kit, python, tmp_path, is_there, is_killed):
     """The next start goes on in the same files, and shows each scalar once; as long as it was killed, and no more."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -325,28 +325,8 @@ def test_killed_before_its_first_own_checkpoint(python, tmp_path, is_there, is_k
         },
         tmp_path / "c" / "r_epoch_1_iter_4.pth",
     )
-    code = """if True:
-        import os, sys, warnings
-        warnings.simplefilter("ignore")
-        import torch, helios.trainer as hlt
-        from helios.data import DataModule
-        from helios.trainer.logging import get_tensorboard_writer
-        class M(hlt.Model):
-            def setup(self, fast_init=False): pass
-            def train_step(self, batch, state):
-                get_tensorboard_writer().add_scalar("loss", state.global_iteration, state.global_iteration)
-                get_tensorboard_writer().flush()
-                if state.global_iteration == 7 and sys.argv[1] == "die":
-                    os._exit(9)
-                if state.global_iteration == 7 and sys.argv[1] == "fail":
-                    raise ValueError
-        class D(DataModule):
-            def setup(self): self._train_dataset = self._create_dataset(list(range(4)), {})
-        hlt.Trainer("r", hlt.TrainingUnit.EPOCH, 3, use_cpu=True, chkpt_frequency=1, chkpt_root="c",
-            enable_file_logging=True, log_path="l", enable_tensorboard=True, run_path="t").fit(M("m"), D())
-    """
-    python(code, "die" if is_killed else "fail", check=False)
-    python(code, "live")
+    python(kit.INTERRUPTED, "die" if is_killed else "fail", "7", "3", check=False)
+    python(kit.INTERRUPTED, "live", "7", "3")
     assert len(list((tmp_path / "l").iterdir())) == (1 if is_killed else 2)
     folders = [old] if is_there else sorted((tmp_path / "t").iterdir())
     assert len(folders) == (1 if is_killed or is_there else 2)

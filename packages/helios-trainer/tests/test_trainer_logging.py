@@ -119,31 +119,11 @@ def test_control_without_purging_steps_are_shown_twice(kit, logged, tmp_path, mo
 
 
 @pytest.mark.parametrize("is_killed", [True, False])
-def test_killed_before_the_first_checkpoint(python, tmp_path, is_killed):
+def test_killed_before_the_first_checkpoint(kit, python, tmp_path, is_killed):
     """The next start goes on in the same files; only one that could clean up begins new ones."""
-    code = """if True:
-        import os, sys, warnings
-        warnings.simplefilter("ignore")
-        import torch, helios.trainer as hlt
-        from helios.data import DataModule
-        from helios.trainer.logging import get_tensorboard_writer
-        class M(hlt.Model):
-            def setup(self, fast_init=False): pass
-            def train_step(self, batch, state):
-                get_tensorboard_writer().add_scalar("loss", state.global_iteration, state.global_iteration)
-                get_tensorboard_writer().flush()
-                if state.global_iteration == 3 and sys.argv[1] == "die":
-                    os._exit(9)
-                if state.global_iteration == 3 and sys.argv[1] == "fail":
-                    raise ValueError
-        class D(DataModule):
-            def setup(self): self._train_dataset = self._create_dataset(list(range(4)), {})
-        hlt.Trainer("r", hlt.TrainingUnit.EPOCH, 2, use_cpu=True, chkpt_frequency=1, chkpt_root="c",
-            enable_file_logging=True, log_path="l", enable_tensorboard=True, run_path="t").fit(M("m"), D())
-    """
-    python(code, "die" if is_killed else "fail", check=False)
+    python(kit.INTERRUPTED, "die" if is_killed else "fail", "3", "2", check=False)
     assert not list((tmp_path / "c").glob("*.pth"))
-    python(code, "live")
+    python(kit.INTERRUPTED, "live", "3", "2")
     folders = sorted((tmp_path / "t").iterdir())
     assert len(folders) == len(list((tmp_path / "l").iterdir())) == (1 if is_killed else 2)
     assert [step for step, _ in accumulated(folders[-1])[".", "loss"]] == list(range(1, 9))

@@ -296,3 +296,26 @@ def bits(value):
 def end_of(model):
     """All that must agree at the end of two runs."""
     return bits([model.state_dict(), rng.get_rng_state_dict(), model._running_losses, model._val_scores])
+
+
+INTERRUPTED = """
+import os, sys, warnings
+warnings.simplefilter("ignore")
+import torch, helios.trainer as hlt
+from helios.data import DataModule
+from helios.trainer.logging import get_tensorboard_writer
+class M(hlt.Model):
+    def setup(self, fast_init=False): pass
+    def train_step(self, batch, state):
+        get_tensorboard_writer().add_scalar("loss", state.global_iteration, state.global_iteration)
+        get_tensorboard_writer().flush()
+        if state.global_iteration == int(sys.argv[2]) and sys.argv[1] == "die":
+            os._exit(9)
+        if state.global_iteration == int(sys.argv[2]) and sys.argv[1] == "fail":
+            raise ValueError
+class D(DataModule):
+    def setup(self): self._train_dataset = self._create_dataset(list(range(4)), {})
+hlt.Trainer("r", hlt.TrainingUnit.EPOCH, int(sys.argv[3]), use_cpu=True, chkpt_frequency=1, chkpt_root="c",
+    enable_file_logging=True, log_path="l", enable_tensorboard=True, run_path="t").fit(M("m"), D())
+"""
+"""A run that logs to files. Arguments: "die", "fail" or "live"; in which iteration; the number of epochs."""

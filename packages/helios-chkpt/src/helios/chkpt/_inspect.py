@@ -149,8 +149,7 @@ def version_of(contents: Contents) -> str | None:
     manifest = contents.archive.manifest
     if manifest is not None:
         return manifest.version
-    versions = (item for key, item in contents.values.items() if key_text(key) == "version")
-    return next((version for version in versions if isinstance(version, str)), None)
+    return next((version for version in contents.versions if isinstance(version, str)), None)
 
 
 def load_error(contents: Contents) -> CheckpointError | None:

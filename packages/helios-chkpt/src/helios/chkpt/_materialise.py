@@ -42,7 +42,7 @@ def materialise(
     """What was saved.
 
     Args:
-        values: what `read_values` gave, or a part of it; containers in it are filled anew.
+        values: those of `helios.chkpt._read.read_contents`, or a part of them; containers in it are filled anew.
         file: the open file.
         archive: what is known of it.
         map_location: see `MapLocation`.

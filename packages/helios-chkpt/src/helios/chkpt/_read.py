@@ -11,10 +11,11 @@ from typing import IO, TYPE_CHECKING, cast
 from helios.chkpt._arguments import as_path, check_bool
 from helios.chkpt._errors import CheckpointError, NotACheckpointError, UnsafeError, explain
 from helios.chkpt._format.archive import Archive, check_records, open_archive, open_file
-from helios.chkpt._format.decode import KNOWN, Decoded, MalformedError, decode
-from helios.chkpt._format.manifest import SCHEMA
+from helios.chkpt._format.calls import KNOWN, MalformedError
+from helios.chkpt._format.decode import Decoded, TooDeepError, decode
 from helios.chkpt._format.scan import names_in
 from helios.chkpt._format.torch_zip import corrupt
+from helios.chkpt._places import key_text
 from helios.chkpt._versions import MAJOR, check_version, major_of, too_new
 
 if TYPE_CHECKING:
@@ -137,13 +138,13 @@ class Contents:
         return self.values.get("version")
 
     @property
-    def is_newer(self) -> bool:
-        """Whether a later major release wrote the file. Then nothing else is known of it."""
-        return self.archive.manifest is not None and self.archive.manifest.schema > SCHEMA
+    def versions(self) -> list[object]:
+        """What is under the key ``version``, be it text or, as in files of 2.x, a member of an enum."""
+        return [value for key, value in self.values.items() if key_text(key) == "version"]
 
     def is_of_other_release(self, types: frozenset[str]) -> bool:
         """Whether the file is one that `load` refuses by its version, whatever else is in it."""
-        if self.is_newer:
+        if self.archive.is_newer:
             return True
         if major_of(self.version) == MAJOR:
             return False  # then nothing excuses what is not plain
@@ -152,16 +153,19 @@ class Contents:
         names = {str(key) for key in self.values if type(key) is str}
         return bool(strange) and families <= _FAMILIES and ("helios" in families or names >= _LEGACY_KEYS)
 
+    def check_schema(self) -> None:
+        """VersionTooNewError if a later major release wrote the file."""
+        manifest = self.archive.manifest
+        if manifest is not None and self.archive.is_newer:
+            raise too_new(manifest.version, self.archive.path)
+
     def check(self, types: frozenset[str]) -> None:
         """Raise unless this release can load the file: a subclass of `CheckpointError`."""
         path = self.archive.path
-        if self.is_newer:
-            assert self.archive.manifest is not None
-            raise too_new(self.archive.manifest.version, path)
+        self.check_schema()
         if self.is_of_other_release(types):
-            is_present = any(_text(key) == "version" for key in self.values)
-            version = next((v for k, v in self.values.items() if _text(k) == "version"), None)
-            check_version(version, path, present=is_present)
+            versions = self.versions
+            check_version(versions[0] if versions else None, path, present=bool(versions))
         self.check_safe(types)
         check_version(self.version, path, present="version" in self.values)
 
@@ -179,7 +183,7 @@ def read_contents(file: IO[bytes], path: Path) -> Contents:
         CheckpointError: it is not the file of a dictionary, or damaged, or its pickle is none of ours.
     """
     archive = open_archive(file, path)
-    if archive.manifest is not None and archive.manifest.schema > SCHEMA:
+    if archive.is_newer:
         return Contents(archive, {}, ())
     decoded = _decoded(archive)
     if type(decoded.value) is not dict:
@@ -204,7 +208,7 @@ def _decoded(archive: Archive) -> Decoded:
     try:
         return decode(archive.pickle, {key: record.num_bytes for key, record in archive.storages.items()})
     except MalformedError as error:
-        if "nested" not in str(error):
+        if not isinstance(error, TooDeepError):
             strange = [name for name in names_in(archive.pickle) if name not in KNOWN]
             if strange:
                 raise _unsafe(archive.path, strange) from error
@@ -221,12 +225,6 @@ def _chosen(values: dict[object, object], keys: Iterable[str], path: Path) -> di
             f"{path} has no key {missing[0]!r}; it has {[key for key in values if type(key) is str]}"
         )
     return {key: values[key] for key in wanted}
-
-
-def _text(key: object) -> object:
-    """The text that an enum member is made of, for keys of files of earlier releases."""
-    args = getattr(key, "args", None)
-    return args[0] if isinstance(args, tuple) and len(args) == 1 else key
 
 
 def _unsafe(path: Path, names: Sequence[str]) -> CheckpointError:

@@ -15,7 +15,7 @@ from helios.chkpt._read import read_contents
 from helios.chkpt._versions import MAJOR, major_of, too_new
 from helios.chkpt_migrator._chain import Migration, steps_from
 from helios.chkpt_migrator._rewrite import misfits, with_storages
-from helios.chkpt_migrator._schema import name_of, schema_of
+from helios.chkpt_migrator._schema import schema_of
 from helios.chkpt_migrator._steps import plug_in_names
 
 _DATA = "data/"
@@ -50,13 +50,12 @@ def plan_for(file: IO[bytes], path: Path, chain: Sequence[Migration]) -> Plan | 
     contents = read_contents(file, path)
     archive, state = contents.archive, contents.values
     if archive.manifest is not None:
-        if contents.is_newer:
-            raise too_new(archive.manifest.version, path)
+        contents.check_schema()
         contents.check_safe(frozenset())
         return None
     # Those of tensors are checked while they are copied.
     check_records(file, archive, names=[n for n in archive.records if not n.startswith(_DATA)])
-    version = next((value for key, value in state.items() if name_of(key) == "version"), None)
+    version = next(iter(contents.versions), None)
     if isinstance(version, str) and (major_of(version) or 0) > MAJOR:
         raise too_new(version, path)
     source = schema_of(state)

@@ -17,7 +17,6 @@ from helios.chkpt._errors import (
 )
 from helios.chkpt._find import pth_files
 from helios.chkpt._format.archive import open_archive, open_file
-from helios.chkpt._format.manifest import SCHEMA
 from helios.chkpt._inspect import load_error, version_of
 from helios.chkpt._naming import CheckpointName, parse_name
 from helios.chkpt._read import Contents, read_contents, verify
@@ -111,6 +110,12 @@ def look_at(path: Path, *, verify_all: bool) -> Listed:
     return replace(listed, state=_state_of(refusal, verify_all), reason=reason)
 
 
+def name_as_json(name: CheckpointName | None) -> dict[str, object]:
+    """The parts of a file's name, for programs; null if it is no name of a checkpoint."""
+    parts = ("run_name", "epoch", "iteration", "metadata")
+    return dict.fromkeys(parts) if name is None else {part: vars(name)[part] for part in parts}
+
+
 def reason_of(error: Exception, path: Path) -> str:
     """What an error says, without the path that it begins with."""
     if isinstance(error, OSError) and error.strerror:
@@ -122,9 +127,8 @@ def _contents(path: Path) -> Contents:
     """What is in a file; of one with a manifest of this schema, the manifest alone: its pickle may be long."""
     with open_file(path) as file:
         archive = open_archive(file, path)
-        manifest = archive.manifest
-        if manifest is not None and manifest.schema == SCHEMA:
-            return Contents(archive, {"version": manifest.version}, ())
+        if archive.manifest is not None and not archive.is_newer:
+            return Contents(archive, {"version": archive.manifest.version}, ())
         return read_contents(file, path)
 
 

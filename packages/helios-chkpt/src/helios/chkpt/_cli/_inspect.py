@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from helios.chkpt._cli._command import Command, Status, path_of
-from helios.chkpt._cli._files import reason_of
+from helios.chkpt._cli._files import name_as_json, reason_of
 from helios.chkpt._cli._output import Column, print_json, print_table, size_text
 from helios.chkpt._inspect import CheckpointInfo, Entry, inspect
 from helios.chkpt._places import printable, shape_text
@@ -91,13 +91,9 @@ def _value_row(entry: Entry) -> list[str]:
 
 
 def _as_json(info: CheckpointInfo) -> dict[str, object]:
-    name = info.name
     return {
         "path": str(info.path),
-        "run_name": None if name is None else name.run_name,
-        "epoch": None if name is None else name.epoch,
-        "iteration": None if name is None else name.iteration,
-        "metadata": None if name is None else name.metadata,
+        **name_as_json(info.name),
         "version": info.version,
         "schema": info.schema,
         "bytes": info.num_bytes,

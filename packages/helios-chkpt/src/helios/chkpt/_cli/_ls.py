@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from helios.chkpt._cli._command import Command, Status, path_of
-from helios.chkpt._cli._files import RESUMABLE, Listed, State, checkpoint_files, look_at
+from helios.chkpt._cli._files import RESUMABLE, Listed, State, checkpoint_files, look_at, name_as_json
 from helios.chkpt._cli._output import Column, mib_text, plural, print_json, print_table, size_text, time_text
 from helios.chkpt._naming import parse_name
 from helios.chkpt._places import printable
@@ -108,13 +108,9 @@ def _name(file: Listed, root: Path) -> str:
 
 
 def _as_json(file: Listed, is_resumed: bool) -> dict[str, object]:
-    name = file.name
     return {
         "path": str(file.path),
-        "run_name": None if name is None else name.run_name,
-        "epoch": None if name is None else name.epoch,
-        "iteration": None if name is None else name.iteration,
-        "metadata": None if name is None else name.metadata,
+        **name_as_json(file.name),
         "version": file.version,
         "bytes": file.num_bytes,
         "changed": datetime.fromtimestamp(file.changed_seconds, UTC).isoformat(),

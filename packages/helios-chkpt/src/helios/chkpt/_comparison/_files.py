@@ -16,7 +16,6 @@ from helios.chkpt._format.values import Tensor
 from helios.chkpt._inspect import tied
 from helios.chkpt._places import Place, brief, shape_text
 from helios.chkpt._read import read_contents
-from helios.chkpt._versions import too_new
 
 
 def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> list[Difference]:
@@ -44,9 +43,7 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> list[Differenc
         files = [stack.enter_context(open_file(path)) for path in paths]
         contents = [read_contents(file, path) for file, path in zip(files, paths, strict=True)]
         for content in contents:
-            manifest = content.archive.manifest
-            if content.is_newer and manifest is not None:
-                raise too_new(manifest.version, content.archive.path)
+            content.check_schema()
         sides = [Side(file, content.archive) for file, content in zip(files, contents, strict=True)]
         found = compare_states(contents[0].values, contents[1].values)
         return _compare_scores(sides[0], sides[1]) + _compare_pairs(sides[0], sides[1], found)

@@ -46,6 +46,11 @@ class Archive:
     pickle: bytes
     manifest: Manifest | None = None
 
+    @property
+    def is_newer(self) -> bool:
+        """Whether a later major release wrote the file. Then nothing else is known of it."""
+        return self.manifest is not None and self.manifest.schema > SCHEMA
+
     @cached_property
     def storages(self) -> dict[str, Record]:
         """The records that tensors are in, by the key of the storage."""
@@ -126,14 +131,17 @@ def check_records(
         CorruptError: a sum is another; the record is named.
     """
     records = [archive.records[name] for name in (archive.records if names is None else names)]
-    found = checksums.crc32_sums(records, reader(file, archive.path))
-    check_crc32(archive, found)
-    if digests:
-        noted = [record for record in records if record.sha256 is not None]
-        for name, digest in checksums.sha256_sums(noted, reader(file, archive.path)).items():
-            if digest != archive.records[name].sha256:
-                expected = f"{archive.records[name].sha256}"
-                raise corrupt(archive.path, f"the SHA-256 {digest} in the record {name!r}", expected)
+    noted = [record for record in records if digests and record.sha256 is not None]
+    others = [record for record in records if not digests or record.sha256 is None]
+    read = reader(file, archive.path)
+    both = checksums.all_sums(noted, read)
+    crcs = {**checksums.crc32_sums(others, read), **{name: crc for name, (crc, _) in both.items()}}
+    check_crc32(archive, {record.name: crcs[record.name] for record in records})
+    for record in noted:
+        digest = both[record.name][1]
+        if digest != record.sha256:
+            found = f"the SHA-256 {digest} in the record {record.name!r}"
+            raise corrupt(archive.path, found, f"{record.sha256}")
 
 
 def check_crc32(archive: Archive, found: Mapping[str, int]) -> None:

@@ -91,17 +91,18 @@ def read_all(records: Sequence[Record], read: Read, target: Callable[[Record], m
     _map(work, [segment for record in records for segment in segments(record)], _segment_bytes)
 
 
-def sha256_sums(records: Sequence[Record], read: Read) -> dict[str, str]:
-    """The SHA-256 of each record's content in the file, by name, in hexadecimal digits."""
+def all_sums(records: Sequence[Record], read: Read) -> dict[str, tuple[int, str]]:
+    """The CRC-32 and the SHA-256, in hexadecimal digits, of each record's content in the file, read once; by name."""
     stopped = threading.Event()
 
-    def work(record: Record) -> str:
-        digest = hashlib.sha256()
+    def work(record: Record) -> tuple[int, str]:
+        crc, digest = 0, hashlib.sha256()
         for piece in _pieces(Segment(record, 0, record.num_bytes), read, None):
             if stopped.is_set():  # a record may take minutes, and nobody waits for it any more
                 break
+            crc = zlib.crc32(piece, crc)
             digest.update(piece)
-        return digest.hexdigest()
+        return crc, digest.hexdigest()
 
     # The largest first, so that no thread is left with one of them at the end.
     largest_first = sorted(records, key=lambda record: -record.num_bytes)
@@ -188,7 +189,7 @@ def combine_crc32(first: int, second: int, second_bytes: int) -> int:
 
 
 def _product(a: int, b: int) -> int:
-    """A * b modulo the polynomial; the highest bit is the coefficient of 1."""
+    """``a * b`` modulo the polynomial; the highest bit is the coefficient of 1."""
     product, bit = 0, _ONE
     while a:
         if a & bit:

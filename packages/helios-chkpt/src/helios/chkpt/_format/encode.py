@@ -10,7 +10,7 @@ import struct
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
-from helios.chkpt._format.decode import KNOWN
+from helios.chkpt._format.calls import KNOWN
 from helios.chkpt._format.dtypes import ITEM_BYTES, STORAGE_CLASSES
 from helios.chkpt._format.values import Call, Global, Storage, Tensor
 
