@@ -17,6 +17,9 @@ from helios.data._samplers import ResumableSampler
 from helios.data._sharding import BatchSize
 from helios.data._state import LoaderState
 
+Planned = tuple[int, list[int]]
+"""Of a batch that was asked for: the cursor after it, and its dataset indices."""
+
 
 class _Requests:
     """The sampler that torch's machinery sees: whatever was planned for the current iteration."""
@@ -63,7 +66,11 @@ class ResumableDataLoader(DataLoader[Any]):
 
     Attributes:
         sampler: the sampler, which owns epoch and cursor.
+        last_indices: dataset indices of the batch that was handed over last, in its order; None before the first, and
+            for streams.
     """
+
+    last_indices: list[int] | None = None
 
     sampler: ResumableSampler
     # Accelerate's save_state and load_state take the state of a prepared loader only if it has this.
@@ -104,7 +111,7 @@ class ResumableDataLoader(DataLoader[Any]):
 
     def _prepare_fetching(self) -> None:
         self._requests = _Requests()
-        self._planned: deque[int] | None = None  # of the current iteration; others are refused
+        self._planned: deque[Planned] | None = None  # of the current iteration; others are refused
         fetched = self._fetching(self.dataset, self.collate_fn, self._seed)
         self._fetcher = Fetcher(fetched, self._options, self._requests)
 
@@ -157,6 +164,11 @@ class ResumableDataLoader(DataLoader[Any]):
         """The epoch in progress or, after a completed pass, to come; from 0."""
         return self.sampler.epoch
 
+    @property
+    def is_epoch_over(self) -> bool:
+        """Whether the batch that was handed over last is the last one of its epoch, for this process."""
+        return self.sampler.sharding.is_over(self.sampler.consumed, self.sampler.epoch)
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; see `ResumableSampler.set_epoch`.
 
@@ -205,9 +217,9 @@ class ResumableDataLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises its own iterator class
         return self._receive(*self._begin())
 
-    def _begin(self) -> tuple[int, int, Iterator[Any], deque[int]]:
-        """Begin an iteration: return its epoch, its cursor, its batches, and where each of them will end."""
-        sampler, planned = self.sampler, deque[int]()
+    def _begin(self) -> tuple[int, int, Iterator[Any], deque[Planned]]:
+        """Begin an iteration: return its epoch, its cursor, its batches, and what each of them will be."""
+        sampler, planned = self.sampler, deque[Planned]()
         sampler.settle()
         if self._restored_epoch == sampler.epoch:  # and no batch was handed over since: it is not used up
             sampler.start = sampler.consumed
@@ -219,7 +231,9 @@ class ResumableDataLoader(DataLoader[Any]):
         sampler.consumed = cursor
         return epoch, cursor, self._fetcher.begin(base_seed), planned
 
-    def _receive(self, epoch: int, cursor: int, batches: Iterator[Any], planned: deque[int]) -> Iterator[Any]:
+    def _receive(
+        self, epoch: int, cursor: int, batches: Iterator[Any], planned: deque[Planned]
+    ) -> Iterator[Any]:
         """Hand over the batches, counting each as consumed when the loop gets it."""
         sampler, next_batch = self.sampler, self._fetcher.next_batch
         if self._planned is planned and sampler.epoch != epoch:
@@ -248,13 +262,14 @@ class ResumableDataLoader(DataLoader[Any]):
                         f"the dataset raised StopIteration at sample {cursor} of epoch {epoch}"
                     ) from None
                 break
-            cursor = sampler.consumed = planned.popleft()
+            cursor, self.last_indices = planned.popleft()
+            sampler.consumed = cursor
             self._restored_epoch = None
             yield batch
         if self._is_current(epoch, planned):
             sampler.end_epoch()
 
-    def _is_current(self, epoch: int, planned: deque[int]) -> bool:
+    def _is_current(self, epoch: int, planned: deque[Planned]) -> bool:
         return self._planned is planned and self.sampler.epoch == epoch
 
     def __len__(self) -> int:
@@ -270,7 +285,7 @@ class ResumableDataLoader(DataLoader[Any]):
 # A function, since a generator that holds the loader, which holds it, is a cycle: torch's persistent workers
 # are then collected in the wrong order, and waited for in vain for ten seconds.
 def _plan(
-    sampler: ResumableSampler, start: int, indices: Iterator[int], planned: deque[int]
+    sampler: ResumableSampler, start: int, indices: Iterator[int], planned: deque[Planned]
 ) -> Iterator[BatchRequest]:
     """Plan the batches from `start` on; `planned` tells how far the loop is once it has each."""
     sharding, epoch, cursor = sampler.sharding, sampler.epoch, start
@@ -284,5 +299,5 @@ def _plan(
                 f"it was to yield {step.size} indices and yielded {len(batch)}"
             )
         cursor = step.next_cursor
-        planned.append(cursor)
+        planned.append((cursor, batch))
         yield epoch, step.start, batch, step.stride

@@ -99,6 +99,11 @@ class StreamDataLoader(ResumableDataLoader):
         """The epoch in progress or, after a completed pass, to come; from 0."""
         return self._cursor.epoch
 
+    @property
+    def is_epoch_over(self) -> bool:
+        """Whether the batch that was handed over last is the last one of its epoch, for this process."""
+        return self._cursor.is_over
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration, which begins at its beginning.
 
