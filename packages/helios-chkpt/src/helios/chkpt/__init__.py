@@ -20,7 +20,7 @@ from helios.chkpt._naming import CheckpointName, format_name, parse_name
 from helios.chkpt._read import load, verify
 from helios.chkpt._store import CheckpointStore
 from helios.chkpt._version import __version__
-from helios.chkpt._write import save
+from helios.chkpt._write import check_state, save
 
 __all__ = [
     "CheckpointError",
@@ -37,6 +37,7 @@ __all__ = [
     "VersionTooNewError",
     "VersionTooOldError",
     "__version__",
+    "check_state",
     "diff",
     "find_last_checkpoint",
     "format_name",

@@ -73,6 +73,20 @@ def save(state: Mapping[str, object], path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def check_state(state: Mapping[str, object]) -> None:
+    """Check that `save` could store a state, without writing or copying it.
+
+    Args:
+        state: as `save` takes it.
+
+    Raises:
+        TypeError, ValueError: as `save`.
+    """
+    from helios.chkpt._memory import stated  # as in `save`
+
+    stated(state)
+
+
 def write_state(state: State, path: Path, *, score: float | None = None, in_background: bool = False) -> None:
     """Write what `helios.chkpt._memory.stated` gave.
 
