@@ -8,6 +8,7 @@ import pytest
 from helios.trainer import Model, Plugin, PluginRegistry, Trainer, TrainingState, TrainingUnit
 
 COUNTS = ["valid_frequency", "chkpt_frequency", "print_frequency", "early_stop_cycles", "keep_last", "nprocs"]
+COUNTS += ["dry_run"]
 FLAGS = [
     "enable_cudnn_benchmark", "enable_deterministic", "enable_tensorboard", "enable_file_logging",
     "capture_warnings", "enable_progress_bar", "print_banner", "async_chkpt",
@@ -44,6 +45,8 @@ WRONG = [
     ({"enable_file_logging": True}, ValueError, "enable_file_logging is True, but log_path is None"),
     ({"enable_deterministic": True, "enable_cudnn_benchmark": True}, ValueError, "exclude each other"),
     ({"nprocs": 2}, ValueError, "nprocs must be None or 1, found 2"),
+    ({"accept_on_resume": "rng"}, TypeError, "accept_on_resume must be a list of names, found str 'rng'"),
+    ({"accept_on_resume": [1]}, TypeError, r"accept_on_resume must be a list of names, found \[1\]"),
     ({"use_cpu": 1}, TypeError, "use_cpu must be True, False or None, found int 1"),
     ({"use_cpu": None, "gpus": 0}, TypeError, "gpus must be a list of device ids .* found 0"),
     ({"use_cpu": None, "gpus": (0,)}, TypeError, r"gpus must be a list .* found \(0,\)"),

@@ -296,7 +296,7 @@ def test_frozen_and_evaluating_modules_stay_so(kit, tmp_path, at):
     ],
 )
 def test_control_what_is_not_restored_is_seen(kit, tmp_path, monkeypatch, lost, check):
-    monkeypatch.setattr(f"helios.trainer._checkpoint.{lost}", lambda *args: None)
+    monkeypatch.setattr(f"helios.trainer._checkpoint.{lost}", lambda *args, **options: None)
     with pytest.raises(AssertionError):
         check(kit, tmp_path)
 

@@ -47,7 +47,9 @@ class Data(DataModule):
         for name, num_batches in self.lengths.items():
             if num_batches is not None:
                 dataset = Points(num_batches * self.params["batch_size"])
-                setattr(self, name, self._create_dataset(dataset, self.params))
+                # What is taken over from an earlier release is the order of training alone.
+                order = self.params.get("order") if name == "_train_dataset" else None
+                setattr(self, name, self._create_dataset(dataset, {**self.params, "order": order}))
 
     def teardown(self):
         self.teardowns += 1

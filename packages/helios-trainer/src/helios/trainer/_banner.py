@@ -35,7 +35,7 @@ def summary(
     """Return the line that a run ends with."""
     speed = num_batches / elapsed_s if elapsed_s > 0 else 0.0
     return (
-        f"finished: {reason}; epoch {state.global_epoch}, iteration {state.global_iteration}; "
+        f"{reason}; epoch {state.global_epoch}, iteration {state.global_iteration}; "
         f"{num_batches} batches in {elapsed_s:.1f} s, {speed:.1f} batches/s; "
         f"last checkpoint: {last_checkpoint or 'none'}"
     )

@@ -1,11 +1,11 @@
 """What a checkpoint of a run holds, and putting a run back into it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from helios.core.rng import get_rng_state_dict, load_rng_state_dict
-from helios.data import ResumableDataLoader
+from helios.core.rng import RNGStateError, get_rng_state_dict, load_rng_state_dict
+from helios.data import LoaderStateError, ResumableDataLoader
 from helios.trainer._loop import Cut, CutPoint, StopReason, as_dict, cut_from_dict
 from helios.trainer._model import Model, restore_tables, tables_of
 from helios.trainer._modules import (
@@ -71,6 +71,7 @@ class Resumption:
     Args:
         path: where it was read from.
         checkpoint: what it holds.
+        accepted: settings that may differ, and parts that may be missing; see `Trainer`.
 
     Attributes:
         path: as given.
@@ -86,13 +87,15 @@ class Resumption:
 
     is_earlier = False
 
-    def __init__(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        missing = [key for key in _ALWAYS if key not in checkpoint]
-        if missing:
-            raise ValueError(
-                f"{path} lacks {missing[0]!r}, which a run needs to go on; it has {sorted(checkpoint)}"
-            )
+    def __init__(self, path: Path, checkpoint: dict[str, Any], accepted: Collection[str] = ()) -> None:
         self.path = path
+        self._accepted = accepted
+        for key in _ALWAYS:
+            if key not in checkpoint:
+                found = f"{path} lacks {key!r}, which a run needs to go on; it has {sorted(checkpoint)}"
+                if key not in ("rng", "data"):
+                    raise ValueError(found)
+                self._accept(key, found)
         self._checkpoint = checkpoint
         self._own: dict[str, Any] = {}
         self.state, self.cut, self.stop, self.event_sizes = self._read()
@@ -110,25 +113,36 @@ class Resumption:
         stop = None if self._own["stop"] is None else StopReason[self._own["stop"]]
         return state, cut_from_dict(self._own["cut"]), stop, self._own["event_sizes"]
 
+    def _accept(self, name: str, found: str, error: Exception | None = None) -> None:
+        """Go on with a warning if the user accepted this before.
+
+        Raises:
+            ValueError: it is not accepted.
+        """
+        if name not in self._accepted:
+            raise ValueError(f"{found}; to go on all the same: accept_on_resume=[{name!r}]") from error
+        get_root_logger().warning("%s. The run goes on all the same: accept_on_resume has %r", found, name)
+
     def check_settings(self, settings: TrainerSettings) -> None:
         """Refuse to go on with settings that would make another run of it.
 
         Raises:
-            ValueError: a decisive setting differs.
+            ValueError: a decisive setting differs, and that is not accepted.
         """
         for name, now in settings.decisive().items():
             then = self._own["settings"][name]
             if now != then:
-                raise ValueError(
+                self._accept(
+                    name,
                     f"{self.path} was written with {name}={then}, this trainer has {name}={now}: the run would "
-                    "not go on but become another. Use the old value, or another run_name or chkpt_root"
+                    "not go on but become another. Use the old value, or another run_name or chkpt_root",
                 )
 
     def check_plugins(self, plugins: PluginRegistry) -> None:
         """Refuse to go on if a plug-in's state is missing.
 
         Raises:
-            ValueError: the checkpoint has no state of a plug-in.
+            ValueError: the checkpoint has no state of a plug-in, and that is not accepted.
         """
         if unknown := sorted(self._plug_ids() - set(plugins)):
             get_root_logger().warning(
@@ -136,11 +150,12 @@ class Resumption:
                 self.path,
                 ", ".join(unknown),
             )
-        missing = [plug_id for plug_id in plugins if plug_id not in self._checkpoint]
-        if missing:
-            raise ValueError(
-                f"{self.path} has no state of the plug-in {missing[0]!r}: it was not part of the run"
-            )
+        for plug_id in plugins:
+            if plug_id not in self._checkpoint:
+                self._accept(
+                    plug_id,
+                    f"{self.path} has no state of the plug-in {plug_id!r}: it was not part of the run",
+                )
 
     def _plug_ids(self) -> set[str]:
         return set(self._checkpoint) - RESERVED_KEYS
@@ -150,12 +165,24 @@ class Resumption:
         return LogTargets.from_dict(self._checkpoint)
 
     def restore_loader(self, loader: ResumableDataLoader) -> None:
-        """Put the training loader where it stood."""
-        loader.load_state_dict(self._checkpoint["data"])
+        """Put the training loader where it stood; or at the beginning of the epoch, if that is accepted.
+
+        Raises:
+            ValueError: the state does not fit the loader, and that is not accepted.
+        """
+        if "data" in self._checkpoint:
+            try:
+                loader.load_state_dict(self._checkpoint["data"])
+                return
+            except LoaderStateError as error:
+                self._accept("data", f"{self.path}: {error}", error)
+        is_over = self.cut.point is CutPoint.EPOCH_END
+        loader.set_epoch(self.state.global_epoch - (not is_over))
+        self.state.dataset_iter = 0
 
     def restore_objects(self, model: Model, plugins: PluginRegistry) -> None:
         """Give model and plug-ins their states; after `setup`."""
-        model.load_state_dict(self._checkpoint["model"])
+        load_model(model, self._checkpoint["model"], self.path)
         for plug_id, plugin in plugins.items():
             if plug_id in self._checkpoint:  # `check_plugins` let no other pass unless it may begin anew
                 plugin.load_state_dict(self._checkpoint[plug_id])
@@ -169,8 +196,17 @@ class Resumption:
                 to evaluation.
         """
         self._restore_own(model, is_over)
-        load_rng_state_dict(self._checkpoint["rng"])
+        self._restore_generators()
         self._checkpoint = self._own = {}  # or second copies of weights and gradients would stay in memory
+
+    def _restore_generators(self) -> None:
+        if "rng" not in self._checkpoint:
+            return  # accepted: they go on as they were seeded
+        try:
+            load_rng_state_dict(self._checkpoint["rng"], ignore_cuda="rng.cuda" in self._accepted)
+        except RNGStateError as error:
+            name = "rng.cuda" if str(error).startswith("cuda") else "rng"
+            self._accept(name, f"{self.path}: generators: {error}", error)
 
     def _restore_own(self, model: Model, is_over: bool) -> None:
         restore_tables(model, self._own["tables"])
@@ -188,3 +224,43 @@ def metadata_of(model: Model, name: str) -> str:
             f"append_metadata_to_chkpt_name must return a str, found {type(answer).__name__} {answer!r}"
         )
     return answer.removeprefix(name).removeprefix("_").removesuffix(".pth")
+
+
+def load_model(model: Model, state: dict[str, Any], path: Path) -> None:
+    """Give a model its state from a checkpoint.
+
+    Raises:
+        ValueError: the model could not take it, and has other parts than the checkpoint; they are named.
+        Exception: what the model's `load_state_dict` raised, if it has the same parts.
+    """
+    try:
+        model.load_state_dict(state)
+    except Exception as error:
+        own, there = set(_names_in(model.state_dict())), set(_names_in(state))
+        if own == there:
+            raise
+        parts = [
+            f"{what}: {_shortened(sorted(names))}"
+            for what, names in (("missing there", own - there), ("unexpected", there - own))
+            if names
+        ]
+        raise ValueError(
+            f"{path} is of another model than {type(model).__name__} is now, whose load_state_dict raised "
+            f"{type(error).__name__}: {error}. {'; '.join(parts)}. Give the run another run_name or chkpt_root, "
+            "or let load_state_dict take the old state"
+        ) from error
+
+
+def _names_in(state: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the names of a state's parts. What is under numbers is an optimizer's, and grows while it trains."""
+    for key, value in state.items():
+        if isinstance(key, str):
+            if isinstance(value, Mapping) and any(isinstance(k, str) for k in value):
+                yield from _names_in(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}"
+
+
+def _shortened(names: list[str], most: int = 8) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

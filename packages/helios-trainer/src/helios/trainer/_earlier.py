@@ -56,7 +56,7 @@ class EarlierResumption(Resumption):
     def __init__(self, path: Path, checkpoint: dict[str, Any], settings: TrainerSettings) -> None:
         self._settings = settings
         self._targets = targets_of(checkpoint)
-        super().__init__(path, checkpoint)
+        super().__init__(path, checkpoint, settings.accept_on_resume)
 
     def _read(self) -> tuple[TrainingState, Cut, StopReason | None, dict[str, int]]:
         state = TrainingState.from_dict({**self._checkpoint["training_state"], "trainer": {}})
@@ -89,9 +89,10 @@ class EarlierResumption(Resumption):
             reason = f"it has {state.current_iteration} iterations in {state.global_iteration} batches"
         else:
             return
-        raise ValueError(
+        self._accept(
+            "train_unit",
             f"{self.path} is of a run by ITERATION that an earlier release of Helios began ({reason}), this trainer "
-            "has train_unit=EPOCH. Use train_unit=ITERATION, or another run_name or chkpt_root"
+            "has train_unit=EPOCH. Use train_unit=ITERATION, or another run_name or chkpt_root",
         )
 
     def _check_accumulation(self, now: int) -> None:
@@ -99,10 +100,11 @@ class EarlierResumption(Resumption):
         if complete * now == batches:
             return
         then = f"{batches // complete}" if complete and batches % complete == 0 else "another value"
-        raise ValueError(
+        self._accept(
+            "accumulation_steps",
             f"{self.path} has {complete} iterations in {batches} batches: an earlier release of Helios began the run "
             f"with accumulation_steps={then}, this trainer has accumulation_steps={now}. Use the old value, or "
-            "another run_name or chkpt_root"
+            "another run_name or chkpt_root",
         )
 
     def check_plugins(self, plugins: PluginRegistry) -> None:

@@ -28,4 +28,4 @@ def find_resumption(settings: TrainerSettings, run_name: str, model: Model) -> R
     path, checkpoint = found
     if is_earlier(checkpoint):
         return EarlierResumption(path, checkpoint, settings)
-    return Resumption(path, checkpoint)
+    return Resumption(path, checkpoint, settings.accept_on_resume)

@@ -1,12 +1,14 @@
 """One call of `fit`: everything between the arguments and the loop, and after it."""
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from helios.chkpt import CheckpointName, CheckpointStore, format_name
+from helios.chkpt import CheckpointName, CheckpointStore, check_state, format_name
 from helios.core.rng import seed_rngs
 from helios.data import DataModule, ResumableDataLoader
 from helios.trainer._banner import banner, summary
@@ -14,13 +16,15 @@ from helios.trainer._bars import ProgressBars
 from helios.trainer._checkpoint import Resumption, build_checkpoint, metadata_of
 from helios.trainer._execution import Execution, cudnn_benchmark, deterministic_kernels
 from helios.trainer._find import find_resumption
-from helios.trainer._hooks import Hooks
-from helios.trainer._loop import Cut, CutPoint, StopReason, TrainingLoop, describe
+from helios.trainer._hooks import Hooks, length_of
+from helios.trainer._loop import Cut, CutPoint, StoppedOnRequest, StopReason, TrainingLoop, describe
 from helios.trainer._model import Model
 from helios.trainer._modules import named_networks
 from helios.trainer._plugin import PluginRegistry
+from helios.trainer._scalars import logging_scalars
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._start_note import Start, StartNote
+from helios.trainer._stop_request import StopRequest, listening_to_signals
 from helios.trainer._trained import Trained
 from helios.trainer._training_state import TrainingState, TrainingUnit
 from helios.trainer.logging import LogTargets, RunLoggers, get_root_logger
@@ -36,6 +40,10 @@ class FitRun:
         model: the user's model, which knows its trainer and device already.
         datamodule: the user's data, likewise.
         plugins: the trainer's plug-ins.
+        stop_request: whether somebody asked the run to stop.
+
+    Raises:
+        ValueError: `accept_on_resume` has a name that means nothing.
     """
 
     def __init__(
@@ -45,24 +53,37 @@ class FitRun:
         model: Model,
         datamodule: DataModule,
         plugins: PluginRegistry,
+        stop_request: StopRequest,
     ) -> None:
+        settings.check_accepted(plugins)
         self._settings = settings
         self._execution = execution
         self._model = model
         self._datamodule = datamodule
         self._plugins = plugins
+        self._stop_request = stop_request
+        self._is_stopped = False
         self._name = settings.run_name or model.save_name
         self._store: CheckpointStore | None = None
+        self._last_saved: Path | None = None
         self._state = TrainingState()
         self._start_note: StartNote | None = None
         if settings.save_root is not None:
             self._start_note = StartNote(settings.save_root, self._name, settings.decisive())
 
     def run(self) -> Trained:
-        """Train, or go on training, to the end. A run that finished before is only loaded."""
+        """Train, or go on training, to the end or until somebody asks for a stop.
+
+        A run that finished before is only loaded.
+        """
         settings = self._settings
         seed_rngs(settings.random_seed)
         with ExitStack() as stack:
+            if settings.save_root is not None:  # else there is nothing to do before the process ends
+                stack.enter_context(listening_to_signals(self._stop_request))
+            if settings.dry_run is not None:
+                folder = stack.enter_context(TemporaryDirectory(prefix="helios-dry-run-"))
+                settings = self._settings = settings.for_dry_run(Path(folder))
             self._loggers = RunLoggers(capture_warnings=settings.capture_warnings)
             stack.callback(self._loggers.close)
             stack.enter_context(logged_exceptions())
@@ -71,11 +92,12 @@ class FitRun:
                 return self._load_finished(resumption)
             self._loggers.open_writer({} if resumption is None else resumption.event_sizes)
             if self._start_note is not None:
-                stack.callback(self._start_note.remove)
+                stack.callback(self._drop_start_note)
             if settings.save_root is not None:
                 store = CheckpointStore(settings.save_root, self._name, keep_last=settings.keep_last)
                 self._store = stack.enter_context(store)
             stack.callback(self._datamodule.teardown)
+            stack.enter_context(logging_scalars(self._model, self._state))
             stack.enter_context(deterministic_kernels(settings.enable_deterministic))
             return self._train(resumption, stack)
 
@@ -108,6 +130,11 @@ class FitRun:
         note.write(origin, Start(targets, sizes))
         return targets
 
+    def _drop_start_note(self) -> None:
+        # A run that was asked to stop before its first checkpoint goes on in its logs, as one that was killed.
+        if self._start_note is not None and not self._is_stopped:
+            self._start_note.remove()
+
     def _is_finished(self, resumption: Resumption) -> bool:
         settings, stop, state = self._settings, resumption.stop, resumption.state
         if stop is None:
@@ -131,7 +158,8 @@ class FitRun:
 
     def _trained(self, event_sizes: Mapping[str, int] | None) -> Trained:
         plugins = tuple(self._plugins.values())
-        return Trained(self._model, plugins, self._loggers.targets, event_sizes)
+        is_finished = not self._is_stopped
+        return Trained(self._model, plugins, self._loggers.targets, event_sizes, is_finished)
 
     def _set_up(self) -> None:
         for plugin in self._plugins.values():
@@ -146,6 +174,8 @@ class FitRun:
             text = banner(self._name, settings, self._execution, path)
             get_root_logger().info("%s", model.append_to_banner(text))
         self._train_loader, valid_loader = self._load_data()
+        for plugin in self._plugins.values():
+            plugin.configure_loaders(self._train_loader, valid_loader)
         self._set_up()
         if resumption is not None:
             resumption.restore_objects(model, self._plugins)
@@ -166,6 +196,7 @@ class FitRun:
             valid_loader=valid_loader,
             bars=bars,
             save=self._save,
+            stop_request=self._stop_request,
         )
         self._run_loop(loop, bars, None if resumption is None else resumption.cut)
         return self._trained(None if self._store is None else self._loggers.event_sizes())
@@ -175,13 +206,20 @@ class FitRun:
         began_s, batches_before = time.perf_counter(), state.global_iteration
         is_within_epoch = cut is not None and cut.point is not CutPoint.FINISHED
         bars.start(state, finished_epochs=state.global_epoch - is_within_epoch)
-        stop = loop.run(cut)
-        bars.close()
-        self._hooks.training_end()
-        last = self._save(Cut(CutPoint.FINISHED), stop)
+        try:
+            stop = loop.run(cut)
+        except StoppedOnRequest:
+            self._is_stopped = True
+            bars.close()
+            reason = f"stopped by {self._stop_request}, to go on when it is started again"
+        else:
+            bars.close()
+            self._hooks.training_end()
+            self._save(Cut(CutPoint.FINISHED), stop)
+            reason = f"finished: {stop.value}"
         elapsed_s = time.perf_counter() - began_s
         num_batches = state.global_iteration - batches_before
-        get_root_logger().info("%s", summary(state, stop.value, num_batches, elapsed_s, last))
+        get_root_logger().info("%s", summary(state, reason, num_batches, elapsed_s, self._last_saved))
 
     def _load_data(self) -> tuple[ResumableDataLoader, ResumableDataLoader | None]:
         datamodule = self._datamodule
@@ -192,16 +230,23 @@ class FitRun:
             return train_loader, None
         return train_loader, checked_loader(datamodule, "valid", datamodule.valid_dataloader())
 
-    def _save(self, cut: Cut, stop: StopReason | None = None) -> Path | None:
-        if self._store is None:
-            return None
-        settings, state, model = self._settings, self._state, self._model
+    def _save(self, cut: Cut, stop: StopReason | None = None) -> None:
+        """Save a checkpoint.
+
+        Raises:
+            OSError: it is the last one of this process and could not be written. Of another one it is only logged.
+        """
+        if self._store is None and self._settings.dry_run is None:
+            return
+        state, model = self._state, self._model
         name = CheckpointName(self._name, state.global_epoch, state.global_iteration)
         metadata = metadata_of(model, format_name(name).removesuffix(".pth"))
+        if model._scalar_log is not None:
+            model._scalar_log.flush()
         checkpoint = build_checkpoint(
             cut,
             stop,
-            settings=settings,
+            settings=self._settings,
             state=state,
             model=model,
             plugins=self._plugins,
@@ -209,25 +254,48 @@ class FitRun:
             targets=self._loggers.targets,
             event_sizes=self._loggers.event_sizes(),
         )
-        if self._start_note is not None and not checkpoint["model"] and any(named_networks(model)):
+        if not checkpoint["model"] and self._last_saved is None and any(named_networks(model)):
             get_root_logger().warning(
                 "%s.state_dict() is empty, though the model has networks: they are not saved, and a restart will "
                 "not have their weights",
                 type(model).__name__,
             )
-        place: dict[str, Any] = {
-            "epoch": state.global_epoch,
-            "iteration": state.global_iteration,
-            "metadata": metadata,
-        }
-        if settings.async_chkpt and stop is None and self._start_note is None:
-            path = self._store.save_async(checkpoint, **place)
+        if self._store is None:
+            check_state(checkpoint)
         else:
-            path = self._store.save(checkpoint, **place)
+            is_last = stop is not None or self._stop_request.is_made
+            self._write(self._store, checkpoint, dataclasses.replace(name, metadata=metadata), is_last)
+
+    def _write(
+        self, store: CheckpointStore, checkpoint: dict[str, Any], name: CheckpointName, is_last: bool
+    ) -> None:
+        try:
+            store.wait()  # for the one before
+        except OSError as error:
+            _say_lost(error)
+        place: dict[str, Any] = {"epoch": name.epoch, "iteration": name.iteration, "metadata": name.metadata}
+        try:
+            if self._settings.async_chkpt and not is_last and self._start_note is None:
+                self._last_saved = store.save_async(checkpoint, **place)
+            else:
+                self._last_saved = store.save(checkpoint, **place)
+        except OSError as error:
+            if is_last:
+                raise
+            _say_lost(error)
+            return
         if self._start_note is not None:  # the first checkpoint of this process, on the disk now
             self._start_note.remove()
             self._start_note = None
-        return path
+
+
+def _say_lost(error: OSError) -> None:
+    # A full disk may have room again in an hour. To end the run would lose what was trained since the last one.
+    get_root_logger().error(
+        "a checkpoint could not be written, training goes on and the next one is tried when it is due: %s: %s",
+        type(error).__name__,
+        error,
+    )
 
 
 def checked_loader(datamodule: DataModule, split: str, loader: Any) -> ResumableDataLoader:
@@ -244,7 +312,7 @@ def checked_loader(datamodule: DataModule, split: str, loader: Any) -> Resumable
         )
     if not isinstance(loader, ResumableDataLoader):
         raise TypeError(f"{where} must be a ResumableDataLoader, found {type(loader).__name__}")
-    if len(loader) == 0:
+    if length_of(loader) == 0:
         raise ValueError(
             f"{where} has no batches: drop_last leaves nothing of {loader.sampler.num_samples} samples in batches of "
             f"{loader.batch_size}"

@@ -1,11 +1,12 @@
 """The hooks of a run: plug-ins first, then the model."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 from helios.trainer._model import Model
-from helios.trainer._plugin import Plugin, PluginRegistry
+from helios.trainer._plugin import Plugin, PluginRegistry, is_overridden
 from helios.trainer._training_state import TrainingState
 
 
@@ -24,6 +25,8 @@ class Hooks:
         self._validation_batch = plugins.owner_of("validation_batch")
         self._testing_batch = plugins.owner_of("testing_batch")
         self._stopper = plugins.owner_of("should_training_stop")
+        self._batch_observers = [p for p in self._plugins if is_overridden(p, "observe_training_batch")]
+        self._step_observers = [p for p in self._plugins if is_overridden(p, "observe_training_step")]
 
     def training_start(self) -> None:
         """Training starts, or goes on."""
@@ -38,8 +41,12 @@ class Hooks:
         model.on_training_batch_start(state)
         if self._training_batch is not None:
             batch = self._training_batch.process_training_batch(batch, state)
+        for observer in self._batch_observers:
+            observer.observe_training_batch(batch, state)
         model.train_step(batch, state)
         model.on_training_batch_end(state, should_log)
+        for observer in self._step_observers:
+            observer.observe_training_step(state)
 
     def should_stop(self) -> bool:
         """Whether a plug-in or the model wants training to stop."""
@@ -110,9 +117,19 @@ def batches_of(loader: Iterable[Any]) -> Iterator[Iterator[Any]]:
             batches.close()
 
 
-def evaluate(loader: Any, on_batch: Callable[[Any, int], None], bar: Any) -> None:
-    """Run a whole validation or test, showing it on a bar."""
+def length_of(loader: Sized) -> int | None:
+    """Return the number of batches of an epoch; None if the loader cannot know: an iterable dataset without length."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def evaluate(
+    loader: Any, on_batch: Callable[[Any, int], None], bar: Any, max_batches: int | None = None
+) -> None:
+    """Run a whole validation or test, or the beginning of one, showing it on a bar."""
     with bar, batches_of(loader) as batches:
-        for step, batch in enumerate(batches):
+        for step, batch in enumerate(islice(batches, max_batches)):
             on_batch(batch, step)
             bar.update(1)

@@ -7,7 +7,8 @@ What it does, by ITERATION on the left and by EPOCH on the right:
       each batch                                each batch
         train on it                               train on it
         should_training_stop?                     should_training_stop?
-        after a complete iteration:             after the last batch:
+        after a complete iteration:               asked to stop?        <- cut
+          asked to stop?        <- cut          after the last batch:
           validate, if due                        validate, if due
           save, if due          <- cut            save, if due          <- cut
           if validated: improved? stop?           if validated: improved? stop?
@@ -16,23 +17,27 @@ What it does, by ITERATION on the left and by EPOCH on the right:
                                                 should_training_stop?
                                                 enough epochs?
 
-A checkpoint is a cut at the place marked: what follows it is done again, first, by the run that resumes.
+A checkpoint is a cut at one of the places marked: what follows it is done again, first, by the run that resumes. A run
+that is asked to stop (by a signal, say) saves at the next of them and leaves the loop.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from itertools import islice
+from typing import Any, NoReturn
 
 import torch
 
 from helios.data import ResumableDataLoader
 from helios.trainer._bars import ProgressBars
 from helios.trainer._execution import cudnn_benchmark
-from helios.trainer._hooks import Hooks, batches_of, evaluate
+from helios.trainer._hooks import Hooks, batches_of, evaluate, length_of
 from helios.trainer._settings import TrainerSettings
+from helios.trainer._stop_request import StopRequest
 from helios.trainer._training_state import TrainingState, TrainingUnit
+from helios.trainer.logging import get_root_logger
 
 
 class StopReason(Enum):
@@ -43,9 +48,14 @@ class StopReason(Enum):
     REQUESTED = "should_training_stop"
 
 
+class StoppedOnRequest(Exception):  # noqa: N818  # not an error: the way out of the loop
+    """The loop was left because somebody asked for it; what is new since the last checkpoint is saved."""
+
+
 class CutPoint(Enum):
     """Where in the loop a checkpoint was taken."""
 
+    BATCH = "batch"
     ITERATION = "iteration"
     EPOCH_END = "epoch end"
     FINISHED = "finished"
@@ -56,7 +66,8 @@ class Cut:
     """A place in the loop.
 
     Attributes:
-        point: after an iteration, after an epoch's last batch, or after everything.
+        point: right after a batch that completed an iteration, after all of an iteration, after an epoch's last batch
+            and what is due then, or after everything.
         has_validated: a validation came just before, so the checks that follow one are still to be made.
         is_counted: of those checks the outcome of `have_metrics_improved` is in the counters already: earlier releases
             saved later than this one does. Never written.
@@ -78,6 +89,7 @@ class TrainingLoop:
         valid_loader: loader of the validation split, if there are validations.
         bars: progress bars.
         save: saves a checkpoint at a cut.
+        stop_request: whether somebody asked to stop.
     """
 
     def __init__(
@@ -90,6 +102,7 @@ class TrainingLoop:
         valid_loader: ResumableDataLoader | None,
         bars: ProgressBars,
         save: Callable[[Cut], object],
+        stop_request: StopRequest,
     ) -> None:
         self._settings = settings
         self._state = state
@@ -98,10 +111,18 @@ class TrainingLoop:
         self._valid_loader = valid_loader
         self._bars = bars
         self._save = save
+        self._stop_request = stop_request
         self._by_epoch = settings.train_unit is TrainingUnit.EPOCH
+        self._num_batches = length_of(train_loader)
 
     def run(self, cut: Cut | None) -> StopReason:
-        """Train from the beginning, or from the cut of the checkpoint that was restored."""
+        """Train from the beginning, or from the cut of the checkpoint that was restored.
+
+        Raises:
+            StoppedOnRequest: somebody asked to stop. Nothing is new since the last checkpoint.
+        """
+        if self._stop_request.is_made:  # during start-up
+            raise StoppedOnRequest
         stop: StopReason | None = None
         if cut is not None:
             stop = self._go_on_from(cut)
@@ -114,11 +135,15 @@ class TrainingLoop:
         """Do what the interrupted run would have done between the cut and the next epoch."""
         if cut.point is CutPoint.FINISHED and self._is_epoch_over():
             return self._end_of_steps()  # the epoch's end came before
-        self._bars.start_epoch(self._state, len(self._train_loader))
+        self._bars.start_epoch(self._state, self._num_batches)
+        if cut.point is CutPoint.BATCH:
+            return self._run_epoch(self._finish_iteration())
         stop = self._check_after_validation(cut.has_validated, cut.is_counted)
         if cut.point is CutPoint.EPOCH_END:
             return self._end_epoch(stop)
-        return self._run_epoch(stop or self._end_of_steps())
+        if stop is None and not self._by_epoch:
+            stop = self._end_of_steps()
+        return self._run_epoch(stop)
 
     def _is_epoch_over(self) -> bool:
         return self._train_loader.epoch >= self._state.global_epoch
@@ -128,7 +153,7 @@ class TrainingLoop:
         state.global_epoch += 1
         state.dataset_iter = 0
         self._train_loader.set_epoch(state.global_epoch - 1)
-        self._bars.start_epoch(state, len(self._train_loader))
+        self._bars.start_epoch(state, self._num_batches)
         self._hooks.model.on_training_epoch_start(state.global_epoch)
 
     def _run_epoch(self, stop: StopReason | None = None) -> StopReason | None:
@@ -152,11 +177,22 @@ class TrainingLoop:
 
     def _run_batches(self) -> StopReason | None:
         with batches_of(self._train_loader) as batches:
-            return self._train_on(batches)
+            return self._train_on(self._received(batches))
+
+    def _received(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield the batches; leave the loop if one cannot be had, and somebody asked to stop."""
+        try:
+            yield from islice(batches, self._settings.dry_run)
+        except Exception as error:
+            if not self._stop_request.is_made:
+                raise
+            # The signal went to the loader's workers too, most likely. Training has done all that it could without
+            # another batch, so this is as good a place as the end of an iteration.
+            get_root_logger().warning("no more batches after %s: %s", self._stop_request, error)
+            self._stop_at(Cut(CutPoint.ITERATION))
 
     def _train_on(self, batches: Iterator[Any]) -> StopReason | None:
         state, hooks, accumulation = self._state, self._hooks, self._settings.accumulation_steps
-        num_batches = len(self._train_loader)
         began_s = time.perf_counter()
         for batch in batches:
             state.dataset_iter += 1
@@ -165,23 +201,35 @@ class TrainingLoop:
             if is_complete:
                 state.current_iteration += 1
                 state.running_iter += 1
-            hooks.training_batch(batch, state, is_complete and self._should_log(num_batches))
+            hooks.training_batch(batch, state, is_complete and self._should_log())
             now_s = time.perf_counter()
             state.average_iter_time += (now_s - began_s - state.average_iter_time) / state.global_iteration
             self._bars.finish_batch(is_complete, hooks.model)
             if hooks.should_stop():
                 return StopReason.REQUESTED
-            if is_complete and not self._by_epoch:
-                stop = self._validate_and_save(state.current_iteration, CutPoint.ITERATION)
-                if stop is not None:
+            if is_complete:
+                if self._stop_request.is_made:
+                    self._stop_at(Cut(CutPoint.BATCH))
+                if (stop := self._finish_iteration()) is not None:
                     return stop
             began_s = time.perf_counter()
         return None
 
-    def _should_log(self, num_batches: int) -> bool:
+    def _finish_iteration(self) -> StopReason | None:
+        """Do what is due after a complete iteration: by EPOCH nothing."""
+        if self._by_epoch:
+            return None
+        stop = self._validate_and_save(self._state.current_iteration, CutPoint.ITERATION)
+        return stop or self._end_of_steps()
+
+    def _stop_at(self, cut: Cut) -> NoReturn:
+        self._save(cut)
+        raise StoppedOnRequest
+
+    def _should_log(self) -> bool:
         if self._by_epoch:  # frequencies count epochs: once, at the last batch
-            is_last = self._state.dataset_iter == num_batches
-            return is_last and _is_due(self._settings.print_frequency, self._state.global_epoch)
+            is_due = _is_due(self._settings.print_frequency, self._state.global_epoch)
+            return is_due and (self._train_loader.is_epoch_over or self._settings.dry_run is not None)
         return _is_due(self._settings.print_frequency, self._state.current_iteration)
 
     def _validate_and_save(self, step: int, point: CutPoint) -> StopReason | None:
@@ -189,12 +237,12 @@ class TrainingLoop:
         has_validated = _is_due(self._settings.valid_frequency, step)
         if has_validated:
             self._validate()
+        cut = Cut(point, has_validated)
+        if self._stop_request.is_made:
+            self._stop_at(cut)
         if _is_due(self._settings.chkpt_frequency, step):
-            self._save(Cut(point, has_validated))
-        stop = self._check_after_validation(has_validated)
-        if stop is None and point is CutPoint.ITERATION:
-            stop = self._end_of_steps()
-        return stop
+            self._save(cut)
+        return self._check_after_validation(has_validated)
 
     def _validate(self) -> None:
         state, loader = self._state, self._valid_loader
@@ -204,7 +252,8 @@ class TrainingLoop:
         loader.set_epoch(state.validation_cycles - 1)
         self._hooks.validation_start(state.validation_cycles)
         with torch.no_grad(), cudnn_benchmark(False):
-            evaluate(loader, self._hooks.validation_batch, self._bars.evaluation("validation", len(loader)))
+            bar = self._bars.evaluation("validation", length_of(loader))
+            evaluate(loader, self._hooks.validation_batch, bar, self._settings.dry_run)
         self._hooks.validation_end(state.validation_cycles)
         state.running_iter = 0
 

@@ -7,6 +7,7 @@ import torch
 
 from helios.trainer._modules import named_networks
 from helios.trainer._naming import check_name
+from helios.trainer._scalars import ScalarLog
 from helios.trainer._training_state import TrainingState
 
 
@@ -46,6 +47,26 @@ class Model(ABC):
         self._val_scores: dict[str, Any] = {}
         self._test_scores: dict[str, Any] = {}
         self._metrics: dict[str, Any] | None = None
+        self._scalar_log: ScalarLog | None = None  # while a run is in progress
+
+    def log(self, name: str, value: float | torch.Tensor, step: int | None = None) -> None:
+        """Log a scalar: to TensorBoard, if it is enabled, and to the progress bar. Never waits for a device.
+
+        A tensor that is not on the CPU is copied where it is, and written when the run has to wait for the device
+        anyway: before a checkpoint, after a validation, at the end, or once 1000 of them wait. A resumed run has each
+        scalar once.
+
+        Args:
+            name: TensorBoard's tag, for example "train/loss".
+            value: a number, or a tensor of one.
+            step: where on the x axis; None is `global_iteration`.
+
+        Raises:
+            TypeError: `value` is neither.
+            ValueError: `value` is a tensor of more than one number.
+        """
+        if self._scalar_log is not None:
+            self._scalar_log.add(name, value, step)
 
     @property
     def map_loc(self) -> str:

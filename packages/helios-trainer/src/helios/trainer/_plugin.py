@@ -4,6 +4,7 @@ from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from helios.data import ResumableDataLoader
 from helios.trainer._training_state import TrainingState
 
 if TYPE_CHECKING:
@@ -67,6 +68,16 @@ class Plugin:
     def configure_model(self, model: "Model") -> None:
         """Change the model before its `setup`."""
 
+    def configure_loaders(
+        self, train_loader: ResumableDataLoader, valid_loader: ResumableDataLoader | None
+    ) -> None:
+        """Take note of the loaders that training uses; runs before `setup`.
+
+        Args:
+            train_loader: loader of the training split.
+            valid_loader: loader of the validation split; None if there are no validations.
+        """
+
     def on_training_start(self) -> None:
         """Called when training starts, in every process; after a resume with the state restored.
 
@@ -91,6 +102,12 @@ class Plugin:
     def process_training_batch(self, batch: Any, state: TrainingState) -> Any:
         """Return the batch that `train_step` gets."""
         return batch
+
+    def observe_training_batch(self, batch: Any, state: TrainingState) -> None:
+        """See the batch that `train_step` is about to get. Any number of plug-ins may."""
+
+    def observe_training_step(self, state: TrainingState) -> None:
+        """See what a batch has done: called after the model's `on_training_batch_end`. Any number of plug-ins may."""
 
     def process_validation_batch(self, batch: Any, step: int) -> Any:
         """Return the batch that `valid_step` gets."""
@@ -174,6 +191,9 @@ _METHODS = {
 
 
 def _claims(plugin: Plugin, override: str) -> bool:
-    method = _METHODS[override]
-    is_overridden = getattr(type(plugin), method) is not getattr(Plugin, method)
-    return is_overridden or bool(getattr(plugin.unique_overrides, override))
+    return is_overridden(plugin, _METHODS[override]) or bool(getattr(plugin.unique_overrides, override))
+
+
+def is_overridden(plugin: Plugin, method: str) -> bool:
+    """Whether a plug-in has a method of its own instead of Plugin's, which does nothing."""
+    return getattr(type(plugin), method) is not getattr(Plugin, method)

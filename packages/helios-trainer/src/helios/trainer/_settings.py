@@ -1,7 +1,9 @@
 """The arguments of a Trainer, checked once."""
 
+import dataclasses
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ _OPTIONAL_COUNTS = (
     "early_stop_cycles",
     "keep_last",
     "nprocs",
+    "dry_run",
 )
 
 
@@ -63,6 +66,8 @@ class TrainerSettings:
     keep_last: int | None
     async_chkpt: bool
     nprocs: int | None
+    dry_run: int | None
+    accept_on_resume: tuple[str, ...]
 
     def __post_init__(self) -> None:
         check_name("run_name", self.run_name)
@@ -132,6 +137,37 @@ class TrainerSettings:
             self.run_path if self.enable_tensorboard else None,
         )
 
+    def for_dry_run(self, run_path: Path) -> "TrainerSettings":
+        """Return these settings for a rehearsal: a few batches, a validation and a save, and nothing written.
+
+        Args:
+            run_path: for TensorBoard, which hooks may take for granted; deleted afterwards.
+        """
+        assert self.dry_run is not None
+        by_epoch = self.train_unit is TrainingUnit.EPOCH
+        total_steps = 1 if by_epoch else max(1, self.dry_run // self.accumulation_steps)
+        return dataclasses.replace(
+            self,
+            total_steps=total_steps,
+            valid_frequency=self.valid_frequency and total_steps,
+            chkpt_frequency=total_steps,
+            print_frequency=self.print_frequency and 1,
+            chkpt_root=None,
+            enable_file_logging=False,
+            run_path=run_path,
+        )
+
+    def check_accepted(self, plug_ids: Iterable[str]) -> None:
+        """Check `accept_on_resume` against all that can be accepted.
+
+        Raises:
+            ValueError: it has another name.
+        """
+        known = [*self.decisive(), "rng", "rng.cuda", "data", *plug_ids]
+        for name in self.accept_on_resume:
+            if name not in known:
+                raise ValueError(f"accept_on_resume can have {', '.join(known)}; found {name!r}")
+
     def decisive(self) -> dict[str, Any]:
         """Return the settings that a resumed run must share with the run it continues."""
         return {
@@ -152,8 +188,18 @@ def make_settings(**arguments: Any) -> TrainerSettings:
         arguments[name] = None if value is None else Path(value)
     if arguments["random_seed"] is None:
         arguments["random_seed"] = DEFAULT_SEED
+    arguments["accept_on_resume"] = _names("accept_on_resume", arguments["accept_on_resume"])
     assert set(arguments) == {f.name for f in fields(TrainerSettings)}
     return TrainerSettings(**arguments)
+
+
+def _names(argument: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{argument} must be a list of names, found {type(value).__name__} {value!r}")
+    names = tuple(value)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{argument} must be a list of names, found {value!r}")
+    return names
 
 
 def _check_flag(name: str, value: object) -> None:

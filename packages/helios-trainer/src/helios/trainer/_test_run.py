@@ -11,15 +11,18 @@ import torch
 from helios.core.rng import seed_rngs
 from helios.data import DataModule
 from helios.trainer._bars import ProgressBars
+from helios.trainer._checkpoint import load_model
 from helios.trainer._earlier import is_earlier, targets_of
 from helios.trainer._execution import cudnn_benchmark, deterministic_kernels
 from helios.trainer._find import find_checkpoint
 from helios.trainer._fit import checked_loader, logged_exceptions
-from helios.trainer._hooks import Hooks, evaluate
+from helios.trainer._hooks import Hooks, evaluate, length_of
 from helios.trainer._model import Model, restore_tables
 from helios.trainer._plugin import PluginRegistry
+from helios.trainer._scalars import logging_scalars
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._trained import Trained
+from helios.trainer._training_state import TrainingState
 from helios.trainer.logging import LogTargets, RunLoggers, get_root_logger
 from helios.trainer.logging._loggers import new_targets
 
@@ -50,6 +53,7 @@ def run_test(
         found = None if trained is not None else find_checkpoint(settings.chkpt_root, name, model)
         loggers.open_log_file(_targets(settings, name, trained, found))
         loggers.open_writer(_event_sizes(trained, found))
+        stack.enter_context(logging_scalars(model, TrainingState()))
         stack.callback(datamodule.teardown)
         stack.enter_context(deterministic_kernels(settings.enable_deterministic))
         datamodule.prepare_data()
@@ -69,7 +73,7 @@ def run_test(
         stack.enter_context(contextlib.closing(bars))
         hooks.testing_start()
         with torch.no_grad(), cudnn_benchmark(False):
-            evaluate(loader, hooks.testing_batch, bars.evaluation("test", len(loader)))
+            evaluate(loader, hooks.testing_batch, bars.evaluation("test", length_of(loader)))
         hooks.testing_end()
 
 
@@ -104,7 +108,7 @@ def _set_up(model: Model, plugins: PluginRegistry, found: tuple[Path, dict[str, 
         get_root_logger().warning("testing the model as it was set up: no checkpoint of the run was found")
         return
     path, checkpoint = found
-    model.load_state_dict(checkpoint["model"])
+    load_model(model, checkpoint["model"], path)
     if not is_earlier(checkpoint):  # earlier releases did not keep them
         restore_tables(model, checkpoint["training_state"]["trainer"]["tables"])
     for plug_id, plugin in plugins.items():

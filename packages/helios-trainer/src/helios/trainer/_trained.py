@@ -18,9 +18,11 @@ class Trained:
         targets: where the run wrote.
         event_sizes: sizes of TensorBoard's files at its end; None without checkpoints. What is beyond is of
             an earlier test.
+        is_finished: training came to its end; else somebody asked it to stop.
     """
 
     model: Model
     plugins: tuple[Plugin, ...]
     targets: LogTargets
     event_sizes: Mapping[str, int] | None
+    is_finished: bool

@@ -1,7 +1,8 @@
 """Trainer: the arguments, and what the user calls."""
 
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from helios.data import DataModule
@@ -10,6 +11,7 @@ from helios.trainer._fit import FitRun
 from helios.trainer._model import Model
 from helios.trainer._plugin import Plugin, PluginRegistry
 from helios.trainer._settings import make_settings
+from helios.trainer._stop_request import StopRequest
 from helios.trainer._test_run import run_test
 from helios.trainer._trained import Trained
 from helios.trainer._training_state import TrainingUnit
@@ -47,6 +49,12 @@ class Trainer:
         keep_last: how many checkpoints to keep; None keeps all.
         async_chkpt: write checkpoints in the background.
         nprocs: processes to train in; 1, in this release.
+        dry_run: rehearse: so many training and validation batches through every hook, a checkpoint made but not
+            written, nothing left on the disk and nothing resumed.
+        accept_on_resume: names of what may differ from the run that is gone on with, or be missing in its checkpoint,
+            each with a warning instead of an error: "train_unit", "accumulation_steps", "random_seed" (the new value
+            is taken); "rng" (the generators go on as seeded) or only "rng.cuda"; "data" (the epoch in progress begins
+            anew); the id of a plug-in (it begins anew).
 
     Attributes:
         settings: the arguments, checked.
@@ -57,6 +65,7 @@ class Trainer:
         rank: number of this process in the run.
         local_rank: number of this process on its machine.
         gpu_ids: the CUDA devices of the run.
+        stopped_by: the signal that stopped the last `fit`, if one did.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -89,6 +98,9 @@ class Trainer:
         keep_last: int | None = None,
         async_chkpt: bool = True,
         nprocs: int | None = None,
+        *,
+        dry_run: int | None = None,
+        accept_on_resume: Iterable[str] = (),
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         self.settings = make_settings(**arguments)
@@ -100,6 +112,8 @@ class Trainer:
         self.rank = self._execution.rank
         self.local_rank = self._execution.local_rank
         self.gpu_ids = list(self._execution.gpu_ids)
+        self.stopped_by: signal.Signals | None = None
+        self._stop_request = StopRequest()
         self._trained: Trained | None = None
         self._configured: list[Plugin] = []
 
@@ -113,12 +127,17 @@ class Trainer:
             model: what to train.
             datamodule: what to train it on.
 
+        While checkpoints are on, SIGTERM, SIGUSR1 and Ctrl-C stop it after the iteration in progress (after the
+        validation in progress, if there is one), with a checkpoint; the next `fit` goes on there. A second signal does
+        what it always did, at once.
+
         Returns:
-            True: the run has finished, now or before. Whatever prevents that raises.
+            True: the run has finished, now or before. False: it was asked to stop, and is to go on another time. What
+            prevents both raises.
 
         Raises:
             TypeError: an argument is not what it should be, or the model has no `train_step`.
-            ValueError: `total_steps` is 0.
+            ValueError: `total_steps` is 0, or `accept_on_resume` has a name that means nothing.
             RuntimeError: anything went wrong in between; its cause is the exception itself. Exceptions of
                 the types in `train_exceptions` are passed unchanged.
         """
@@ -127,9 +146,21 @@ class Trainer:
             raise TypeError(f"model must define train_step to be trained, {type(model).__name__} does not")
         if self.settings.total_steps == 0:
             raise ValueError("total_steps is 0, there is nothing to train: give the Trainer a total_steps")
-        self._trained = None
+        self._trained, self.stopped_by = None, None
+        self._stop_request.withdraw()
         _call(lambda: self._fit(model, datamodule), "training", self.train_exceptions)
-        return True
+        assert self._trained is not None
+        if not self._trained.is_finished:
+            self.stopped_by = self._stop_request.signal
+        return self._trained.is_finished
+
+    def request_stop(self) -> None:
+        """Let `fit` stop after the iteration in progress, with a checkpoint, and return False: as a signal does.
+
+        From any thread; without checkpoints too, but then nothing is saved. A request that comes before `fit` is
+        forgotten when it begins.
+        """
+        self._stop_request.make()
 
     def test(self, model: Model, datamodule: DataModule) -> bool:
         """Test a model: as `fit` left it, or else set up and loaded from the last checkpoint of the run.
@@ -152,7 +183,8 @@ class Trainer:
 
     def _fit(self, model: Model, datamodule: DataModule) -> None:
         self._introduce(model, datamodule)
-        self._trained = FitRun(self.settings, self._execution, model, datamodule, self.plugins).run()
+        run = FitRun(self.settings, self._execution, model, datamodule, self.plugins, self._stop_request)
+        self._trained = run.run()
 
     def _test(self, model: Model, datamodule: DataModule) -> None:
         self._introduce(model, datamodule)
