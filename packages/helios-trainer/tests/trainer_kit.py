@@ -176,8 +176,8 @@ class Net(Noting, Model):
         self.note("on_validation_batch_end", step)
 
     def on_validation_end(self, validation_cycle):
-        mean = self._running_losses["loss"] / self.state.running_iter if self._running_losses else None
-        self.note("on_validation_end", validation_cycle, None if mean is None else mean.item())
+        total = self._running_losses.get("loss")
+        self.note("on_validation_end", validation_cycle, None if total is None else total.item())
         super().on_validation_end(validation_cycle)
 
     def have_metrics_improved(self):

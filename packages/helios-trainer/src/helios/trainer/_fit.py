@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from helios.chkpt import CheckpointName, CheckpointStore, check_state, format_name
@@ -81,9 +80,6 @@ class FitRun:
         with ExitStack() as stack:
             if settings.save_root is not None:  # else there is nothing to do before the process ends
                 stack.enter_context(listening_to_signals(self._stop_request))
-            if settings.dry_run is not None:
-                folder = stack.enter_context(TemporaryDirectory(prefix="helios-dry-run-"))
-                settings = self._settings = settings.for_dry_run(Path(folder))
             self._loggers = RunLoggers(capture_warnings=settings.capture_warnings)
             stack.callback(self._loggers.close)
             stack.enter_context(logged_exceptions())
@@ -158,8 +154,10 @@ class FitRun:
 
     def _trained(self, event_sizes: Mapping[str, int] | None) -> Trained:
         plugins = tuple(self._plugins.values())
+        is_rehearsal = self._settings.dry_run is not None
+        targets = LogTargets(None, None) if is_rehearsal else self._loggers.targets
         is_finished = not self._is_stopped
-        return Trained(self._model, plugins, self._loggers.targets, event_sizes, is_finished)
+        return Trained(self._model, plugins, targets, event_sizes, is_finished)
 
     def _set_up(self) -> None:
         for plugin in self._plugins.values():

@@ -5,9 +5,12 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+from helios.data import ResumableDataLoader
 from helios.trainer._model import Model
 from helios.trainer._plugin import Plugin, PluginRegistry, is_overridden
+from helios.trainer._stop_request import StopRequest
 from helios.trainer._training_state import TrainingState
+from helios.trainer.logging import get_root_logger
 
 
 class Hooks:
@@ -107,14 +110,29 @@ class Hooks:
 
 
 @contextmanager
-def batches_of(loader: Iterable[Any]) -> Iterator[Iterator[Any]]:
+def batches_of(loader: ResumableDataLoader, stop_request: StopRequest) -> Iterator[Iterator[Any]]:
     """Iterate over a loader, and stop its workers after, also if an exception that somebody keeps ends it."""
-    batches = iter(loader)
+    batches = _received(loader, stop_request)
     try:
         yield batches
     finally:
-        if isinstance(batches, Generator):
-            batches.close()
+        batches.close()
+
+
+def _received(loader: ResumableDataLoader, stop_request: StopRequest) -> Generator[Any]:
+    """Yield the batches. If they stop coming once somebody asked for a stop, begin again where the loader stands.
+
+    The signal went to the loader's workers too, most likely (a batch system or systemd sends it to all processes of a
+    job), and they died of it. New ones fetch what is left of the iteration or the validation in progress.
+    """
+    try:
+        yield from loader
+    except Exception as error:
+        if not stop_request.is_made:
+            raise
+        get_root_logger().warning("the loader failed after %s and is started again: %s", stop_request, error)
+        loader.load_state_dict(loader.state_dict())
+        yield from loader
 
 
 def length_of(loader: Sized) -> int | None:
@@ -126,10 +144,10 @@ def length_of(loader: Sized) -> int | None:
 
 
 def evaluate(
-    loader: Any, on_batch: Callable[[Any, int], None], bar: Any, max_batches: int | None = None
+    batches: Iterable[Any], on_batch: Callable[[Any, int], None], bar: Any, max_batches: int | None = None
 ) -> None:
     """Run a whole validation or test, or the beginning of one, showing it on a bar."""
-    with bar, batches_of(loader) as batches:
+    with bar:
         for step, batch in enumerate(islice(batches, max_batches)):
             on_batch(batch, step)
             bar.update(1)

@@ -37,7 +37,6 @@ from helios.trainer._hooks import Hooks, batches_of, evaluate, length_of
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._stop_request import StopRequest
 from helios.trainer._training_state import TrainingState, TrainingUnit
-from helios.trainer.logging import get_root_logger
 
 
 class StopReason(Enum):
@@ -176,20 +175,8 @@ class TrainingLoop:
         return stop
 
     def _run_batches(self) -> StopReason | None:
-        with batches_of(self._train_loader) as batches:
-            return self._train_on(self._received(batches))
-
-    def _received(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Yield the batches; leave the loop if one cannot be had, and somebody asked to stop."""
-        try:
-            yield from islice(batches, self._settings.dry_run)
-        except Exception as error:
-            if not self._stop_request.is_made:
-                raise
-            # The signal went to the loader's workers too, most likely. Training has done all that it could without
-            # another batch, so this is as good a place as the end of an iteration.
-            get_root_logger().warning("no more batches after %s: %s", self._stop_request, error)
-            self._stop_at(Cut(CutPoint.ITERATION))
+        with batches_of(self._train_loader, self._stop_request) as batches:
+            return self._train_on(islice(batches, self._settings.dry_run))
 
     def _train_on(self, batches: Iterator[Any]) -> StopReason | None:
         state, hooks, accumulation = self._state, self._hooks, self._settings.accumulation_steps
@@ -253,7 +240,8 @@ class TrainingLoop:
         self._hooks.validation_start(state.validation_cycles)
         with torch.no_grad(), cudnn_benchmark(False):
             bar = self._bars.evaluation("validation", length_of(loader))
-            evaluate(loader, self._hooks.validation_batch, bar, self._settings.dry_run)
+            with batches_of(loader, self._stop_request) as batches:
+                evaluate(batches, self._hooks.validation_batch, bar, self._settings.dry_run)
         self._hooks.validation_end(state.validation_cycles)
         state.running_iter = 0
 

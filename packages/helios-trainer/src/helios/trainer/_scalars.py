@@ -68,6 +68,7 @@ class ScalarLog:
                 if len(self._waiting) >= _MAX_WAITING:
                     self.flush()
                 return
+            value = value.detach()
         elif not isinstance(value, int | float):
             raise TypeError(
                 f"log takes a number or a tensor of one, found {type(value).__name__} for {name!r}"

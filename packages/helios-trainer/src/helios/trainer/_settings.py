@@ -3,9 +3,11 @@
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from helios.core.rng import DEFAULT_SEED
@@ -137,26 +139,6 @@ class TrainerSettings:
             self.run_path if self.enable_tensorboard else None,
         )
 
-    def for_dry_run(self, run_path: Path) -> "TrainerSettings":
-        """Return these settings for a rehearsal: a few batches, a validation and a save, and nothing written.
-
-        Args:
-            run_path: for TensorBoard, which hooks may take for granted; deleted afterwards.
-        """
-        assert self.dry_run is not None
-        by_epoch = self.train_unit is TrainingUnit.EPOCH
-        total_steps = 1 if by_epoch else max(1, self.dry_run // self.accumulation_steps)
-        return dataclasses.replace(
-            self,
-            total_steps=total_steps,
-            valid_frequency=self.valid_frequency and total_steps,
-            chkpt_frequency=total_steps,
-            print_frequency=self.print_frequency and 1,
-            chkpt_root=None,
-            enable_file_logging=False,
-            run_path=run_path,
-        )
-
     def check_accepted(self, plug_ids: Iterable[str]) -> None:
         """Check `accept_on_resume` against all that can be accepted.
 
@@ -175,6 +157,31 @@ class TrainerSettings:
             "accumulation_steps": self.accumulation_steps,
             "random_seed": self.random_seed,
         }
+
+
+@contextmanager
+def rehearsing(settings: TrainerSettings) -> Iterator[TrainerSettings]:
+    """Give the settings; for a dry run, those of a rehearsal.
+
+    It has a few batches, a validation and a save. Nothing is written but what TensorBoard gets, whose writer the hooks
+    may take for granted, and that is deleted.
+    """
+    if settings.dry_run is None:
+        yield settings
+        return
+    by_epoch = settings.train_unit is TrainingUnit.EPOCH
+    total_steps = 1 if by_epoch else max(1, settings.dry_run // settings.accumulation_steps)
+    with TemporaryDirectory(prefix="helios-dry-run-") as folder:
+        yield dataclasses.replace(
+            settings,
+            total_steps=total_steps,
+            valid_frequency=settings.valid_frequency and total_steps,
+            chkpt_frequency=total_steps,
+            print_frequency=settings.print_frequency and 1,
+            chkpt_root=None,
+            enable_file_logging=False,
+            run_path=Path(folder),
+        )
 
 
 def make_settings(**arguments: Any) -> TrainerSettings:

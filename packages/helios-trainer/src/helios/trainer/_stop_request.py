@@ -48,12 +48,12 @@ def listening_to_signals(request: StopRequest) -> Iterator[None]:
         yield
         return
     process_id = os.getpid()
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    taken = [number for number, handler in before.items() if handler in _DEFAULTS]
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in handlers.items() if handler in _DEFAULTS}
 
     def put_back() -> None:
-        for number in taken:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if os.getpid() != process_id:  # a loader's worker: Ctrl-C and `kill -TERM -group` reach it too
@@ -63,13 +63,16 @@ def listening_to_signals(request: StopRequest) -> Iterator[None]:
             signal.raise_signal(number)
             return
         request.make(signal.Signals(number))
+        # The loader's workers may get the signal too. For that, torch raises an error in the middle of whatever the
+        # main thread does, when it hears of their death by SIGCHLD. It must hear of it when it waits for a batch.
+        before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
         # Not through a logger: the signal may have come in the middle of its writing.
         with contextlib.suppress(OSError):  # nobody reads it
             os.write(
                 2, f"\n{request}: the run stops after this iteration; once more ends it at once\n".encode()
             )
 
-    for number in taken:
+    for number in before:
         signal.signal(number, on_signal)
     try:
         yield

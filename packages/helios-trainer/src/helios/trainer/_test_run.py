@@ -16,11 +16,12 @@ from helios.trainer._earlier import is_earlier, targets_of
 from helios.trainer._execution import cudnn_benchmark, deterministic_kernels
 from helios.trainer._find import find_checkpoint
 from helios.trainer._fit import checked_loader, logged_exceptions
-from helios.trainer._hooks import Hooks, evaluate, length_of
+from helios.trainer._hooks import Hooks, batches_of, evaluate, length_of
 from helios.trainer._model import Model, restore_tables
 from helios.trainer._plugin import PluginRegistry
 from helios.trainer._scalars import logging_scalars
 from helios.trainer._settings import TrainerSettings
+from helios.trainer._stop_request import StopRequest
 from helios.trainer._trained import Trained
 from helios.trainer._training_state import TrainingState
 from helios.trainer.logging import LogTargets, RunLoggers, get_root_logger
@@ -73,7 +74,9 @@ def run_test(
         stack.enter_context(contextlib.closing(bars))
         hooks.testing_start()
         with torch.no_grad(), cudnn_benchmark(False):
-            evaluate(loader, hooks.testing_batch, bars.evaluation("test", length_of(loader)))
+            bar = bars.evaluation("test", length_of(loader))
+            with batches_of(loader, StopRequest()) as batches:  # nobody can ask for a stop
+                evaluate(batches, hooks.testing_batch, bar, settings.dry_run)
         hooks.testing_end()
 
 

@@ -10,7 +10,7 @@ from helios.trainer._execution import select_execution
 from helios.trainer._fit import FitRun
 from helios.trainer._model import Model
 from helios.trainer._plugin import Plugin, PluginRegistry
-from helios.trainer._settings import make_settings
+from helios.trainer._settings import make_settings, rehearsing
 from helios.trainer._stop_request import StopRequest
 from helios.trainer._test_run import run_test
 from helios.trainer._trained import Trained
@@ -49,7 +49,7 @@ class Trainer:
         keep_last: how many checkpoints to keep; None keeps all.
         async_chkpt: write checkpoints in the background.
         nprocs: processes to train in; 1, in this release.
-        dry_run: rehearse: so many training and validation batches through every hook, a checkpoint made but not
+        dry_run: rehearse: so many training, validation and test batches through every hook, a checkpoint made but not
             written, nothing left on the disk and nothing resumed.
         accept_on_resume: names of what may differ from the run that is gone on with, or be missing in its checkpoint,
             each with a warning instead of an error: "train_unit", "accumulation_steps", "random_seed" (the new value
@@ -183,13 +183,15 @@ class Trainer:
 
     def _fit(self, model: Model, datamodule: DataModule) -> None:
         self._introduce(model, datamodule)
-        run = FitRun(self.settings, self._execution, model, datamodule, self.plugins, self._stop_request)
-        self._trained = run.run()
+        with rehearsing(self.settings) as settings:
+            run = FitRun(settings, self._execution, model, datamodule, self.plugins, self._stop_request)
+            self._trained = run.run()
 
     def _test(self, model: Model, datamodule: DataModule) -> None:
         self._introduce(model, datamodule)
         trained = self._trained if self._trained is not None and self._trained.model is model else None
-        run_test(self.settings, model, datamodule, self.plugins, trained)
+        with rehearsing(self.settings) as settings:
+            run_test(settings, model, datamodule, self.plugins, trained)
 
     def _check(self, model: Model, datamodule: DataModule) -> None:
         if not isinstance(model, Model):
