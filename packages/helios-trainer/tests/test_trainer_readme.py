@@ -2,7 +2,11 @@
 
 import inspect
 import re
+import textwrap
 from pathlib import Path
+
+import pytest
+import torch
 
 from helios.trainer import Model, Plugin, Trainer
 
@@ -33,3 +37,26 @@ def test_the_tables():
     order = re.search(r"## The order of calls\n(.*?)\n## ", README, re.DOTALL)[1]
     hooks = {name for kind in (Model, Plugin) for name in vars(kind) if name.startswith(("on_", "process_"))}
     assert hooks <= set(re.findall(r"\w+", order))
+
+
+def test_the_helpers(kit):
+    """What it shows of save_all and load_all works on a model that has those parts."""
+    methods, names = re.search(r"## Helpers\n.*?```python\n(.*?)```", README, re.DOTALL)[1], {}
+    exec(textwrap.dedent(methods), names)
+
+    class Net(kit.Net):
+        state_dict, load_state_dict = names["state_dict"], names["load_state_dict"]
+
+        def setup(self, fast_init=False):
+            super().setup(fast_init)
+            self.scheduler, self.best = self.schedule, 1.5
+
+    model = Net()
+    model.setup()
+    state = model.state_dict()
+    model.best = None
+    model.load_state_dict(state)
+    assert model.best == 1.5
+    model.another = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="save_all was not given another: what has a state must be saved,"):
+        model.state_dict()

@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
+from helios.trainer._model_helpers import ModelHelpers
 from helios.trainer._modules import named_networks
 from helios.trainer._naming import check_name
 from helios.trainer._scalars import ScalarLog
 from helios.trainer._training_state import TrainingState
 
 
-class Model(ABC):
+class Model(ModelHelpers, ABC):
     """Base of the user's model. Override `setup` and `train_step`, and what else is needed.
 
     The base keeps four tables, which the trainer saves in the checkpoint: `_loss_items` (losses of the batch,
