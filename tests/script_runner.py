@@ -23,13 +23,14 @@ for arguments in json.loads(sys.argv[2]):
 """
 
 
-def run_whole_and_killed(folder, library, *scripts):
+def run_whole_and_killed(folder, library, *scripts, options=()):
     """Run each script whole, and then killed twice with other numbers of workers.
 
     Args:
         folder: where the runs and their log are put.
         library: what the scripts import, which is imported once for all of them.
         *scripts: scripts that take --root, --workers and --die-at, and print a digest at their end.
+        options: more arguments for all of them.
 
     Returns:
         What was said, six for each script: digest and status of the whole run, the statuses of the two that
@@ -39,10 +40,10 @@ def run_whole_and_killed(folder, library, *scripts):
     for script in scripts:
         whole, killed = folder / f"{script.stem}-whole", folder / f"{script.stem}-killed"
         runs += [
-            (script, "--root", whole, "--workers", 0),
-            (script, "--root", killed, "--workers", 2, "--die-at", 12),
-            (script, "--root", killed, "--workers", 0, "--die-at", 17),
-            (script, "--root", killed, "--workers", 2),
+            (script, *options, "--root", whole, "--workers", 0),
+            (script, *options, "--root", killed, "--workers", 2, "--die-at", 12),
+            (script, *options, "--root", killed, "--workers", 0, "--die-at", 17),
+            (script, *options, "--root", killed, "--workers", 2),
         ]
     log = folder / "log.txt"
     with log.open("w") as output:  # a file, since the workers of a killed run keep a pipe open for seconds
