@@ -78,7 +78,13 @@ def ran(tmp_path_factory):
     for number, (settings, _, source) in enumerate(programs()):
         (folder / f"{number}.py").write_text(source)
         runs.append((settings, f"{number}.py"))
-    command = [sys.executable, "-W", "error", "-c", RUNNER, json.dumps(runs)]
+    quiet = [
+        "-W",
+        "error",
+        "-W",
+        "ignore:This process:DeprecationWarning",
+    ]  # fork beside threads, from 3.12 on
+    command = [sys.executable, *quiet, "-c", RUNNER, json.dumps(runs)]
     log = folder / "log.txt"
     with log.open("w") as output:  # a file, since the workers of a killed run keep a pipe open for seconds
         done = subprocess.run(command, cwd=folder, env={**os.environ}, stdout=output, stderr=subprocess.PIPE)
