@@ -271,3 +271,15 @@ def test_a_folder_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "fsync", no_folders)
     chkpt.verify(chkpt.save({"x": 1}, tmp_path / "a.pth"))
+
+
+def test_check_state_says_what_save_would_say(tmp_path):
+    good = {"model": {"w": torch.ones(3)}, "n": 1}
+    assert chkpt.check_state(good) is None
+    for bad in ({"model": {"path": tmp_path}}, {"version": "1"}, {3: 1}, {"f": print}):
+        with pytest.raises((TypeError, ValueError)) as of_save:
+            chkpt.save(bad, tmp_path / "x.pth")
+        with pytest.raises(type(of_save.value)) as of_check:
+            chkpt.check_state(bad)
+        assert str(of_check.value) == str(of_save.value)
+    assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from helios.chkpt import find_last_checkpoint, load, save
-from helios.trainer import Model
+from helios.trainer import CUDAPlugin, Model
 
 
 def begin(kit, root, at=14, **options):
@@ -73,6 +73,14 @@ def test_a_plugin_that_was_not_there(kit, tmp_path):
     with pytest.raises(RuntimeError, match=r"no state of the plug-in 'new'.*accept_on_resume=\['new'\]"):
         go_on(kit, tmp_path, "new")
     go_on(kit, tmp_path, "new", accept_on_resume=("new",))
+
+
+def test_a_plugin_that_keeps_nothing_may_come_and_go(kit, tmp_path, capsys):
+    begin(kit, tmp_path)
+    trainer = kit.trainer(chkpt_root=tmp_path, unit=kit.ITERATION, total_steps=8, chkpt_frequency=2)
+    trainer.plugins.append(CUDAPlugin())
+    assert trainer.fit(kit.Net(), kit.Data())
+    assert "WARNING" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", [None, lambda part: {**part, "torch": torch.zeros(3)}])

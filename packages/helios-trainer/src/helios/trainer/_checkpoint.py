@@ -15,7 +15,7 @@ from helios.trainer._modules import (
     restore_gradients,
     restore_training_modes,
 )
-from helios.trainer._plugin import RESERVED_KEYS, PluginRegistry
+from helios.trainer._plugin import RESERVED_KEYS, PluginRegistry, is_overridden
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._training_state import TrainingState
 from helios.trainer.logging import LogTargets, get_root_logger
@@ -142,7 +142,7 @@ class Resumption:
         """Refuse to go on if a plug-in's state is missing.
 
         Raises:
-            ValueError: the checkpoint has no state of a plug-in, and that is not accepted.
+            ValueError: the checkpoint has no state of a plug-in that keeps one, and that is not accepted.
         """
         if unknown := sorted(self._plug_ids() - set(plugins)):
             get_root_logger().warning(
@@ -150,8 +150,8 @@ class Resumption:
                 self.path,
                 ", ".join(unknown),
             )
-        for plug_id in plugins:
-            if plug_id not in self._checkpoint:
+        for plug_id, plugin in plugins.items():
+            if plug_id not in self._checkpoint and is_overridden(plugin, "state_dict"):
                 self._accept(
                     plug_id,
                     f"{self.path} has no state of the plug-in {plug_id!r}: it was not part of the run",
