@@ -134,7 +134,8 @@ class TrainingLoop:
         """Do what the interrupted run would have done between the cut and the next epoch."""
         if cut.point is CutPoint.FINISHED and self._is_epoch_over():
             return self._end_of_steps()  # the epoch's end came before
-        self._bars.start_epoch(self._state, self._num_batches)
+        if cut.point is not CutPoint.EPOCH_END:  # of which no batch is left to be shown
+            self._bars.start_epoch(self._state, self._num_batches)
         if cut.point is CutPoint.BATCH:
             return self._run_epoch(self._finish_iteration())
         stop = self._check_after_validation(cut.has_validated, cut.is_counted)

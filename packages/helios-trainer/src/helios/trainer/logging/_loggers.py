@@ -90,7 +90,11 @@ class _ConsoleHandler(logging.Handler):
         try:
             record = copy.copy(record)
             record.exc_info = record.exc_text = None
-            tqdm.write(self.format(record), file=sys.stdout)
+            line = self.format(record)
+            with tqdm.external_write_mode():
+                if sys.stdout is not None:
+                    # At once: who reads a file while it grows wants to see it, and bars are drawn after it.
+                    print(line, flush=True)
         except Exception:  # as every handler of the standard library: a closed terminal must not end a run
             self.handleError(record)
 
