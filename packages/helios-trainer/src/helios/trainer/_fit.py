@@ -26,8 +26,7 @@ from helios.trainer._start_note import Start, StartNote
 from helios.trainer._stop_request import StopRequest, listening_to_signals
 from helios.trainer._trained import Trained
 from helios.trainer._training_state import TrainingState, TrainingUnit
-from helios.trainer.logging import LogTargets, RunLoggers, get_root_logger
-from helios.trainer.logging._loggers import new_targets
+from helios.trainer.logging import LogTargets, RunLoggers, choose_targets, get_root_logger
 
 
 class FitRun:
@@ -99,32 +98,32 @@ class FitRun:
 
     def _find_resumption(self) -> Resumption | None:
         """Find what the run goes on from, if anything, and open its log file."""
-        settings = self._settings
-        targets = new_targets(self._name, *settings.log_folders)
+        settings, note = self._settings, self._start_note
+        before: list[LogTargets] = []
+        start = None
         try:
             resumption = find_resumption(settings, self._name, self._model)
             if resumption is not None:
-                targets = targets.restored(resumption.targets())
+                before.append(resumption.targets())
                 resumption.check_settings(settings)
                 resumption.check_plugins(self._plugins)
                 self._state = resumption.state
-            if self._start_note is not None and (resumption is None or resumption.is_earlier):
-                targets = self._noted(self._start_note, targets, resumption)
+            # Until it has a checkpoint of its own, it is noted where a run writes.
+            is_noted = note is not None and (resumption is None or resumption.is_earlier)
+            start = note.read(_origin(resumption)) if note is not None and is_noted else None
+            if start is not None:  # it was killed before
+                before.insert(0, start.targets)
         finally:
             # Also if the checkpoint is refused: the reason belongs in the log file.
-            self._loggers.open_log_file(targets)
+            self._loggers.open_log_file(choose_targets(self._name, *settings.log_folders, before))
+        if note is not None and is_noted:
+            sizes = {} if resumption is None else resumption.event_sizes
+            if start is not None:
+                sizes = start.event_sizes
+                if resumption is not None:
+                    resumption.event_sizes = sizes
+            note.write(_origin(resumption), Start(self._loggers.targets, sizes))
         return resumption
-
-    def _noted(self, note: StartNote, targets: LogTargets, resumption: Resumption | None) -> LogTargets:
-        """Note where the run writes until it has a checkpoint of its own; where it did if it was killed before."""
-        origin, sizes = (None, {}) if resumption is None else (resumption.path.name, resumption.event_sizes)
-        before = note.read(origin)
-        if before is not None:
-            targets, sizes = targets.restored(before.targets), before.event_sizes
-            if resumption is not None:
-                resumption.event_sizes = sizes
-        note.write(origin, Start(targets, sizes))
-        return targets
 
     def _drop_start_note(self) -> None:
         # A run that was asked to stop before its first checkpoint goes on in its logs, as one that was killed.
@@ -294,6 +293,10 @@ def _say_lost(error: OSError) -> None:
         type(error).__name__,
         error,
     )
+
+
+def _origin(resumption: Resumption | None) -> str | None:
+    return None if resumption is None else resumption.path.name
 
 
 def checked_loader(datamodule: DataModule, split: str, loader: Any) -> ResumableDataLoader:

@@ -13,6 +13,7 @@ from typing import Any
 from helios.core.rng import DEFAULT_SEED
 from helios.trainer._naming import check_name
 from helios.trainer._training_state import TrainingUnit
+from helios.trainer.logging._places import check_place, check_tensorboard
 
 _FLAGS = (
     "enable_cudnn_benchmark",
@@ -118,9 +119,16 @@ class TrainerSettings:
                 raise ValueError(f"{flag} is True, but {name} is None: say where to write, or leave it False")
         for name in ("chkpt_root", "log_path", "run_path"):
             path = getattr(self, name)
-            existing = None if path is None else next((p for p in (path, *path.parents) if p.exists()), None)
+            places = () if path is None else (path, *path.parents)
+            # Path.exists raises for what this user may not see.
+            existing = next((p for p in places if os.path.exists(p)), None)  # noqa: PTH110
             if existing is not None and not existing.is_dir():
                 raise ValueError(f"{name} must be a folder, found {path}, where {existing} is a file")
+        for flag, name in (("enable_tensorboard", "run_path"), ("enable_file_logging", "log_path")):
+            if getattr(self, flag):
+                check_place(flag, name, getattr(self, name))
+        if self.enable_tensorboard:
+            check_tensorboard()
         if self.nprocs is not None and self.nprocs > 1:
             raise ValueError(
                 f"nprocs must be None or 1, found {self.nprocs}: this release trains in one process"

@@ -24,8 +24,7 @@ from helios.trainer._settings import TrainerSettings
 from helios.trainer._stop_request import StopRequest
 from helios.trainer._trained import Trained
 from helios.trainer._training_state import TrainingState
-from helios.trainer.logging import LogTargets, RunLoggers, get_root_logger
-from helios.trainer.logging._loggers import new_targets
+from helios.trainer.logging import LogTargets, RunLoggers, choose_targets, get_root_logger
 
 
 def run_test(
@@ -52,7 +51,8 @@ def run_test(
         stack.enter_context(logged_exceptions())
         name = settings.run_name or model.save_name
         found = None if trained is not None else find_checkpoint(settings.chkpt_root, name, model)
-        loggers.open_log_file(_targets(settings, name, trained, found))
+        before = _targets_before(trained, found)
+        loggers.open_log_file(choose_targets(name, *settings.log_folders, before))
         loggers.open_writer(_event_sizes(trained, found))
         stack.enter_context(logging_scalars(model, TrainingState()))
         stack.callback(datamodule.teardown)
@@ -80,17 +80,13 @@ def run_test(
         hooks.testing_end()
 
 
-def _targets(
-    settings: TrainerSettings, name: str, trained: Trained | None, found: tuple[Path, dict[str, Any]] | None
-) -> LogTargets:
-    """Choose where to write: where the training of the model did, if it did."""
-    targets = new_targets(name, *settings.log_folders)
+def _targets_before(trained: Trained | None, found: tuple[Path, dict[str, Any]] | None) -> list[LogTargets]:
+    """Return where the training of the model wrote, if it was trained."""
     if trained is not None:
-        return targets.restored(trained.targets)
+        return [trained.targets]
     if found is None:
-        return targets
-    places = targets_of if is_earlier(found[1]) else LogTargets.from_dict
-    return targets.restored(places(found[1]))
+        return []
+    return [targets_of(found[1]) if is_earlier(found[1]) else LogTargets.from_dict(found[1])]
 
 
 def _event_sizes(

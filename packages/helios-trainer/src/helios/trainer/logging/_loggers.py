@@ -1,25 +1,24 @@
 """Opening and closing what a run writes for people: console, log file, TensorBoard."""
 
+import contextlib
 import copy
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from collections.abc import Iterator, Mapping
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
 from helios.trainer.logging._events import event_file_sizes, purge_events
+from helios.trainer.logging._places import LogTargets, naming
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-_TIME_FORMAT = "%b%d_%H-%M-%S"
 _LINE_FORMAT = "[%(asctime)s] %(levelname)s: %(message)s"
 
 
@@ -35,68 +34,63 @@ def get_tensorboard_writer() -> "SummaryWriter | None":
     return writer
 
 
-@dataclass(frozen=True)
-class LogTargets:
-    """Where a run writes; None where it does not.
+class _Formatter(logging.Formatter):
+    """Leaves no empty line after a warning, whose text ends with a line of its own."""
 
-    Attributes:
-        log_file: the log file.
-        run_folder: TensorBoard's folder of this run.
-    """
-
-    log_file: Path | None
-    run_folder: Path | None
-
-    def to_dict(self) -> dict[str, str]:
-        """Return the places there are as text, under the keys that they have in a checkpoint."""
-        places = {"log_path": self.log_file, "run_path": self.run_folder}
-        return {key: str(path) for key, path in places.items() if path is not None}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the places that `to_dict` gave, which may stand among other keys."""
-        log_file, run_folder = values.get("log_path"), values.get("run_path")
-        return cls(
-            log_file=None if log_file is None else Path(log_file),
-            run_folder=None if run_folder is None else Path(run_folder),
-        )
-
-    def restored(self, before: "LogTargets") -> "LogTargets":
-        """Return these targets, with the places that a resumed run wrote to before where it had any."""
-        return LogTargets(
-            log_file=self.log_file and (before.log_file or self.log_file),
-            run_folder=self.run_folder and (before.run_folder or self.run_folder),
-        )
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).rstrip("\n")
 
 
-def new_targets(name: str, log_path: Path | None, run_path: Path | None) -> LogTargets:
-    """Choose names that nobody has: `<name>_<MonthDay_Hour-Minute-Second>`."""
-    moment = datetime.now()
-    while True:
-        stamped = f"{name}_{moment.strftime(_TIME_FORMAT)}"
-        targets = LogTargets(
-            log_file=None if log_path is None else log_path / f"{stamped}.log",
-            run_folder=None if run_path is None else run_path / stamped,
-        )
-        if not any(p is not None and p.exists() for p in (targets.log_file, targets.run_folder)):
-            return targets
-        moment += timedelta(seconds=1)  # another run began in this second
+class _ToldOnce(logging.Handler):
+    """A handler whose place may be full or closed: that must not end a run, and is said once, not with each line."""
+
+    place = ""
+    _is_told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._is_told:
+            self._is_told = True
+            with contextlib.suppress(OSError), _above_bars(sys.stderr):
+                print(f"log lines are lost, {self.place} cannot be written: {error}", file=sys.stderr)
 
 
-class _ConsoleHandler(logging.Handler):
+class _ConsoleHandler(_ToldOnce):
     """Writes lines above the progress bars instead of through them; tracebacks are for the log file."""
+
+    place = "stdout"
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             record = copy.copy(record)
             record.exc_info = record.exc_text = None
             line = self.format(record)
-            with tqdm.external_write_mode():
-                if sys.stdout is not None:
-                    # At once: who reads a file while it grows wants to see it, and bars are drawn after it.
-                    print(line, flush=True)
-        except Exception:  # as every handler of the standard library: a closed terminal must not end a run
+            with _above_bars(sys.stdout):
+                # At once: who reads a file while it grows wants to see it, and bars are drawn after it.
+                print(line, file=sys.stdout, flush=True)
+        except Exception:
             self.handleError(record)
+
+
+class _FileHandler(_ToldOnce, logging.FileHandler):
+    """Writes lines to the log file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+        self.place = str(path)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what it could not write, it cannot write now
+            super().close()
+
+
+@contextlib.contextmanager
+def _above_bars(stream: TextIO | None) -> Iterator[None]:
+    """Clear the bars for what is written inside, and draw them again; without a stream nothing can be written."""
+    with contextlib.nullcontext() if stream is None else tqdm.external_write_mode(stream):
+        yield
 
 
 class RunLoggers:
@@ -118,14 +112,19 @@ class RunLoggers:
             logging.captureWarnings(True)
             self._loggers.append(logging.getLogger("py.warnings"))
         self._level_before = get_root_logger().level
-        get_root_logger().setLevel(logging.INFO)
+        if self._level_before == logging.NOTSET:  # whoever chose a level gets it
+            get_root_logger().setLevel(logging.INFO)
         self._early = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
         self._handlers: list[logging.Handler] = []
         self._add(_ConsoleHandler())
         self._add(self._early)
 
     def open_log_file(self, targets: LogTargets) -> None:
-        """Take the places to write to, and write to the log file, if there is to be one."""
+        """Take the places to write to, and write to the log file, if there is to be one.
+
+        Raises:
+            OSError: it cannot be written. It names the argument.
+        """
         self.targets = targets
         if targets.log_file is not None:
             file = _open_log_file(targets.log_file)
@@ -168,9 +167,12 @@ class RunLoggers:
             logging.captureWarnings(False)
         if self._writer is not None:
             self._writer.close()
+        elif self.targets.run_folder is not None:
+            with contextlib.suppress(OSError):  # it has something in it
+                self.targets.run_folder.rmdir()
 
     def _add(self, handler: logging.Handler) -> None:
-        handler.setFormatter(logging.Formatter(_LINE_FORMAT, "%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(_Formatter(_LINE_FORMAT, "%Y-%m-%d %H:%M:%S"))
         for logger in self._loggers:
             logger.addHandler(handler)
         self._handlers.append(handler)
@@ -183,19 +185,21 @@ class RunLoggers:
 
 
 def _open_log_file(path: Path) -> logging.Handler:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":  # the process that wrote it was killed in mid-line
-                file.write(b"\n")
-    return logging.FileHandler(path, encoding="utf-8")
+    with naming("log_path", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":  # the process that wrote it was killed in mid-line
+                    file.write(b"\n")
+        return _FileHandler(path)
 
 
 def _open_writer(folder: Path, event_sizes: Mapping[str, int] | None) -> "SummaryWriter":
     # TensorBoard takes a second to import, so only those who enable it pay.
     from torch.utils.tensorboard import SummaryWriter
 
-    if event_sizes is not None:
-        purge_events(folder, event_sizes)
-    return SummaryWriter(str(folder))
+    with naming("run_path", folder):
+        if event_sizes is not None:
+            purge_events(folder, event_sizes)
+        return SummaryWriter(str(folder))
