@@ -209,31 +209,22 @@ def test_control_without_bars_and_an_infinite_one(terminal):
 
 
 def test_they_start_at_the_restored_position(terminal):
-    options = "chkpt_root='c', chkpt_frequency=2"
-    text = terminal(f"fit(kit.ITERATION, 8, abort_at=50, {options}); fit(kit.ITERATION, 8, {options})")
-    first, second, _ = text.split("END")
+    by_iteration = "chkpt_root='a', chkpt_frequency=2"
+    by_epoch = "chkpt_root='b', chkpt_frequency=1, valid_frequency=None"
+    text = terminal(
+        f"fit(kit.ITERATION, 8, abort_at=50, {by_iteration}); fit(kit.ITERATION, 8, {by_iteration})\n"
+        f"    fit(kit.EPOCH, 3, abort_at=45, {by_epoch}); fit(kit.EPOCH, 3, {by_epoch})\n"
+        f"    fit(kit.EPOCH, 4, {by_epoch}); assert not tqdm_module.tqdm._instances"
+    )
+    first, second, _, epochs, more, _ = text.split("END")
     assert positions(first, "iterations")[0] == (0, 8)
     assert positions(second, "iterations") == [(i, 8) for i in range(4, 9)]
-
-
-def test_epochs_start_at_the_restored_position(terminal):
-    options = "chkpt_root='c', chkpt_frequency=1, valid_frequency=None"
-    text = terminal(f"fit(kit.EPOCH, 4, abort_at=45, {options}); fit(kit.EPOCH, 4, {options})")
-    _, second, _ = text.split("END")
-    assert positions(second, "epochs") == [(i, 4) for i in range(1, 5)]
-    assert positions(second, "epoch 2") == []  # ended before: only its end is left to do
-    assert positions(second, "epoch 3") == [(i, 4) for i in range(5)]
-
-
-def test_more_steps_leave_no_stale_bar(terminal):
-    options = "chkpt_root='c', chkpt_frequency=1, valid_frequency=None"
-    text = terminal(
-        f"fit(kit.EPOCH, 1, {options}); fit(kit.EPOCH, 2, {options}); assert not tqdm_module.tqdm._instances"
-    )
-    _, second, _ = text.split("END")
-    assert positions(second, "epochs") == [(1, 2), (2, 2)]
-    assert positions(second, "epoch 1") == []
-    assert positions(second, "epoch 2") == [(i, 4) for i in range(5)]
+    assert positions(epochs, "epochs") == [(i, 3) for i in range(1, 4)]
+    assert positions(epochs, "epoch 2") == []  # ended before: only its end is left to do
+    assert positions(epochs, "epoch 3") == [(i, 4) for i in range(5)]
+    assert positions(more, "epochs") == [(3, 4), (4, 4)]  # of a run that was given more to do
+    assert positions(more, "epoch 3") == []
+    assert positions(more, "epoch 4") == [(i, 4) for i in range(5)]
 
 
 def test_below_the_bar_of_the_script_itself(terminal):
@@ -295,11 +286,9 @@ def test_one_file_gets_log_and_lines_in_order(files):
 
 
 def test_nobody_listens(files):
-    code = "import os; read, write = os.pipe(); os.close(read); os.dup2(write, 2); "
-    out, err = files(code + "fit(kit.EPOCH, 2)")
-    assert "finished: total_steps reached" in out and err == ""
-    out, _ = files("sys.stderr = None; fit(kit.EPOCH, 2)")
-    assert "finished: total_steps reached" in out
+    code = "import os; read, write = os.pipe(); os.close(read); os.dup2(write, 2); fit(kit.EPOCH, 2)\n"
+    out, err = files(code + "    sys.stderr = None; fit(kit.EPOCH, 2)")
+    assert out.count("finished: total_steps reached") == 2 and err == ""
 
 
 @pytest.fixture
