@@ -6,8 +6,8 @@ import logging
 import re
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,14 +84,26 @@ def test_names(logged, tmp_path):
     assert (checkpoint["log_path"], checkpoint["run_path"]) == (str(log), str(folder))
 
 
-def test_runs_that_start_together_never_share_files(tmp_path):
-    """Processes that a script starts at once, with logs in one place and checkpoints in others."""
-    with ThreadPoolExecutor(8) as threads:
-        chosen = list(threads.map(lambda _: choose_targets("r", tmp_path / "l", tmp_path / "t"), range(40)))
-    assert (
-        len({targets.log_file for targets in chosen}) == len({targets.run_folder for targets in chosen}) == 40
-    )
-    assert len(list((tmp_path / "l").iterdir())) == len(list((tmp_path / "t").iterdir())) == 40
+@pytest.mark.parametrize("create", ["touch", "mkdir"])
+def test_a_name_that_another_process_takes_at_the_same_moment(tmp_path, monkeypatch, create):
+    """As those of a script that starts many runs at once, with logs in one place."""
+    files, folders = tmp_path / "l", tmp_path / "t"
+    real, taken = getattr(Path, create), []
+
+    def late(path, *arguments, **options):
+        if not taken and path.parent in (files, folders):
+            taken.append(path)
+            real(path)  # the other process was faster
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, create, late)
+    chosen = choose_targets("r", files, folders)
+    monkeypatch.undo()
+    assert taken[0] not in (chosen.log_file, chosen.run_folder)
+    left = {chosen.log_file, chosen.run_folder, taken[0]}
+    assert {*files.iterdir(), *folders.iterdir()} == left  # what was created beside the taken one is gone
+    assert choose_targets("r", files, folders, [chosen]) == chosen  # a run that goes on creates nothing
+    assert {*files.iterdir(), *folders.iterdir()} == left
 
 
 @pytest.mark.parametrize(
@@ -425,8 +437,9 @@ def test_without_tensorboard(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["log_path", "run_path"])
-def test_a_place_that_cannot_be_written_leaves_nothing_open(kit, tmp_path, wrong):
-    options = {"log_path": tmp_path / "l", "run_path": tmp_path / "r", wrong: tmp_path / "later" / "folder"}
+@pytest.mark.parametrize("place", ["later", "later/folder"])
+def test_a_place_that_cannot_be_written_leaves_nothing_open(kit, tmp_path, wrong, place):
+    options = {"log_path": tmp_path / "l", "run_path": tmp_path / "r", wrong: tmp_path / place}
     trainer = kit.trainer(enable_file_logging=True, enable_tensorboard=True, **options)
     (tmp_path / "later").write_text("a file where a folder is to be")
     with pytest.raises(RuntimeError, match=f"{wrong}: .*later"):

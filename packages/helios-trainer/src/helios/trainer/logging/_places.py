@@ -63,6 +63,10 @@ def choose_targets(
         run_folder = next((b.run_folder for b in before if b.run_folder and b.run_folder.is_dir()), None)
     new_file_in = log_path if log_file is None else None
     new_folder_in = run_path if run_folder is None else None
+    for argument, folder in (("log_path", new_file_in), ("run_path", new_folder_in)):
+        if folder is not None:
+            with naming(argument, folder):
+                folder.mkdir(parents=True, exist_ok=True)
     moment = datetime.now()
     while True:
         stamped = f"{name}_{moment.strftime(_TIME_FORMAT)}"
@@ -76,19 +80,17 @@ def choose_targets(
 
 
 def _create(targets: LogTargets) -> bool:
-    """Create what there is to be, all or nothing; false if some of it is there."""
+    """Create what there is to be, all or nothing, in folders that exist; false if some of it is there."""
     log_file, run_folder = targets.log_file, targets.run_folder
     try:
         if log_file is not None:
             with naming("log_path", log_file):
-                log_file.parent.mkdir(parents=True, exist_ok=True)
                 log_file.touch(exist_ok=False)
     except FileExistsError:
         return False
     try:
         if run_folder is not None:
             with naming("run_path", run_folder):
-                run_folder.parent.mkdir(parents=True, exist_ok=True)
                 run_folder.mkdir()
     except OSError as error:
         if log_file is not None:
