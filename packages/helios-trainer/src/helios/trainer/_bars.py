@@ -66,9 +66,8 @@ class ProgressBars:
         """Count an epoch, whose last losses and metrics stay beside the count."""
         if self._steps is None:
             return
-        text = (
-            "" if self._model is None else describe(self._model)
-        )  # None: a resumed epoch that had no batch left
+        # None: a resumed epoch that had no batch left.
+        text = "" if self._model is None else describe(self._model)
         self._steps.show(text)
         if self._batches is not None:
             self._batches.show(text)
@@ -100,11 +99,11 @@ class ProgressBars:
 def describe(model: Model) -> str:
     """Format those of a model's losses and metrics that can be read without waiting for a device."""
     losses, metrics = model._loss_items, model.metrics
-    if (
-        metrics is model._val_scores
-    ):  # nobody chose their names for the bar: a score may be called like a loss
+    logged = {} if model._scalar_log is None else model._scalar_log.shown
+    # Nobody chose the names of scores for the bar: one may be called like a loss.
+    if metrics is model._val_scores:
         metrics = {(f"valid {name}" if name in losses else name): value for name, value in metrics.items()}
-    shown = {name: _format(value) for name, value in {**losses, **metrics}.items()}
+    shown = {name: _format(value) for name, value in {**losses, **logged, **metrics}.items()}
     return ", ".join(f"{_printable(name)}={text}" for name, text in shown.items() if text is not None)
 
 

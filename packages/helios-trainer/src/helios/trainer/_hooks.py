@@ -135,12 +135,12 @@ def _received(loader: ResumableDataLoader, stop_request: StopRequest) -> Generat
         yield from loader
 
 
-def length_of(loader: Sized) -> int | None:
+def length_of(loader: Sized, max_batches: int | None = None) -> int | None:
     """Return the number of batches of an epoch; None if the loader cannot know: an iterable dataset without length."""
     try:
-        return len(loader)
+        return len(loader) if max_batches is None else min(len(loader), max_batches)
     except TypeError:
-        return None
+        return max_batches
 
 
 def evaluate(

@@ -112,7 +112,7 @@ class TrainingLoop:
         self._save = save
         self._stop_request = stop_request
         self._by_epoch = settings.train_unit is TrainingUnit.EPOCH
-        self._num_batches = length_of(train_loader)
+        self._num_batches = length_of(train_loader, settings.dry_run)
 
     def run(self, cut: Cut | None) -> StopReason:
         """Train from the beginning, or from the cut of the checkpoint that was restored.
@@ -240,7 +240,7 @@ class TrainingLoop:
         loader.set_epoch(state.validation_cycles - 1)
         self._hooks.validation_start(state.validation_cycles)
         with torch.no_grad(), cudnn_benchmark(False):
-            bar = self._bars.evaluation("validation", length_of(loader))
+            bar = self._bars.evaluation("validation", length_of(loader, self._settings.dry_run))
             with batches_of(loader, self._stop_request) as batches:
                 evaluate(batches, self._hooks.validation_batch, bar, self._settings.dry_run)
         self._hooks.validation_end(state.validation_cycles)

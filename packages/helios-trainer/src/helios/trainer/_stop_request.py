@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # What Python does with these signals unless somebody wants something else; a handler of the user's own stays.
@@ -37,6 +38,11 @@ class StopRequest:
         return "request_stop()" if self.signal is None else self.signal.name
 
 
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    # For SIGCHLD. With SIG_DFL in its place Python prints an error if it was on its way already.
+    pass
+
+
 @contextmanager
 def listening_to_signals(request: StopRequest) -> Iterator[None]:
     """Let SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) ask for a stop inside; a second one does what it always did, at once.
@@ -49,7 +55,9 @@ def listening_to_signals(request: StopRequest) -> Iterator[None]:
         return
     process_id = os.getpid()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    before = {number: handler for number, handler in handlers.items() if handler in _DEFAULTS}
+    before: dict[signal.Signals, Any] = {
+        number: handler for number, handler in handlers.items() if handler in _DEFAULTS
+    }
 
     def put_back() -> None:
         for number, handler in before.items():
@@ -65,7 +73,7 @@ def listening_to_signals(request: StopRequest) -> Iterator[None]:
         request.make(signal.Signals(number))
         # The loader's workers may get the signal too. For that, torch raises an error in the middle of whatever the
         # main thread does, when it hears of their death by SIGCHLD. It must hear of it when it waits for a batch.
-        before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
+        before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, _do_nothing))
         # Not through a logger: the signal may have come in the middle of its writing.
         with contextlib.suppress(OSError):  # nobody reads it
             os.write(

@@ -74,7 +74,7 @@ def run_test(
         stack.enter_context(contextlib.closing(bars))
         hooks.testing_start()
         with torch.no_grad(), cudnn_benchmark(False):
-            bar = bars.evaluation("test", length_of(loader))
+            bar = bars.evaluation("test", length_of(loader, settings.dry_run))
             with batches_of(loader, StopRequest()) as batches:  # nobody can ask for a stop
                 evaluate(batches, hooks.testing_batch, bar, settings.dry_run)
         hooks.testing_end()
