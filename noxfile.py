@@ -144,6 +144,13 @@ def storm(session: nox.Session) -> None:
 
 
 @nox.session
+def matrix(session: nox.Session) -> None:
+    """Slow, about 5 minutes: 400 cases of the matrix of kills, or as many as the argument says, or `all`."""
+    install_packages(session)
+    session.run("python", "tests/matrix_session.py", *session.posargs)
+
+
+@nox.session
 def faults(session: nox.Session) -> None:
     """Slow, about 25 minutes: kills by the thousand, every bit, 1e5 bits of a large file; prints the fault table."""
     install_packages(session)

@@ -11,9 +11,10 @@ import traceback
 from pathlib import Path
 
 import job
+import torch._dynamo
 import torch.utils.tensorboard
 
-assert torch.utils.tensorboard  # imported for the jobs
+assert torch._dynamo and torch.utils.tensorboard  # imported for the jobs: an optimizer imports the former
 
 
 def run_in_child(values: dict[str, object]) -> None:

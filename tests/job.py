@@ -17,13 +17,18 @@ import torch
 from torch import nn
 
 import helios.trainer.logging as hl_logging
+from helios.chkpt import parse_name
 from helios.core import rng
 from helios.data import DataModule
 from helios.trainer import Model, Trainer, TrainingState, TrainingUnit
 
-NUM_SAMPLES = 37
+NUM_SAMPLES = 23
 BATCH_SIZE = 5
-BATCHES_PER_EPOCH = 8
+BATCHES_PER_EPOCH = 5
+VALID_BATCH_SIZE = 8
+BATCHES_PER_VALIDATION = 3
+
+Place = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -35,25 +40,33 @@ class Job:
         unit: "epoch" or "iteration".
         total_steps: of the Trainer.
         accumulation: batches whose gradients are accumulated.
-        frequency: of checkpoints and validations.
-        validates: whether there are validations.
+        valid_frequency: of the Trainer; None never validates.
+        chkpt_frequency: of the Trainer.
+        early_stop_cycles: of the Trainer.
+        worse_from: validation from which on the metrics improve no more, from 1; None leaves it to the losses.
         workers: loader processes; -2 means 2 that persist.
         is_async: write checkpoints in the background.
-        kill: [hook, number]: SIGKILL itself when that hook is called with that number; None lives on.
+        kill: (hook, number): SIGKILL itself when that hook is called with that number; None lives on. The number is
+            that of the batch, epoch or validation, from 1; in a validation step ten times the validation plus the
+            step; when a file takes its name the batch in the name, 0 for the note that a run begins with; else 0.
     """
 
     root: str
     unit: str
     total_steps: int
     accumulation: int
-    frequency: int
-    validates: bool
+    valid_frequency: int | None
+    chkpt_frequency: int
+    early_stop_cycles: int | None = None
+    worse_from: int | None = None
     workers: int = 0
     is_async: bool = False
-    kill: tuple[str, int] | None = None
+    kill: Place | None = None
 
-    def die_at(self, hook: str, number: int) -> None:
-        """Die if this is the place."""
+    def reach(self, hook: str, number: int = 0) -> None:
+        """Note the place, and die if it is the one."""
+        with Path(self.root, "places.txt").open("a") as file:
+            file.write(f"{hook} {number}\n")
         if self.kill is not None and tuple(self.kill) == (hook, number):
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -80,7 +93,9 @@ class PointsData(DataModule):
     def setup(self) -> None:
         params = {"batch_size": BATCH_SIZE, "shuffle": True, **self._options}
         self._train_dataset = self._create_dataset(Points(), params)
-        self._valid_dataset = self._create_dataset(Points(), {"batch_size": 16, "shuffle": True})
+        self._valid_dataset = self._create_dataset(
+            Points(), {"batch_size": VALID_BATCH_SIZE, "shuffle": True}
+        )
 
 
 class PointsModel(Model):
@@ -89,9 +104,10 @@ class PointsModel(Model):
     def __init__(self, job: Job) -> None:
         super().__init__("points")
         self._job = job
+        self._has_trained = False
 
     def setup(self, fast_init: bool = False) -> None:
-        self._job.die_at("setup", 0)
+        self._job.reach("setup")
         self.net = nn.Sequential(
             nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.3), nn.Linear(12, 3)
         )
@@ -106,14 +122,16 @@ class PointsModel(Model):
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "best": self.best,
+            "cycle": self._cycle,  # have_metrics_improved may be asked by another process
         }
 
     def load_state_dict(self, state: dict[str, Any], fast_init: bool = False) -> None:
         self.net.load_state_dict(state["net"])
-        self._job.die_at("load_state_dict", 0)
+        self._job.reach("load_state_dict")
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.best = state["best"]
+        self._cycle = state["cycle"]
 
     def on_training_start(self) -> None:
         torch.rand(3)  # what is drawn here must not matter on resume
@@ -121,7 +139,7 @@ class PointsModel(Model):
         hl_logging.get_tensorboard_writer().add_scalar("start", 1.0, 0)  # and what is logged is there once
 
     def on_training_epoch_start(self, epoch: int) -> None:
-        self._job.die_at("on_training_epoch_start", epoch)
+        self._job.reach("on_training_epoch_start", epoch)
         random.random()
 
     def train_step(self, batch: Any, state: TrainingState) -> None:
@@ -133,7 +151,10 @@ class PointsModel(Model):
         loss = nn.functional.cross_entropy(self.net(x), y) * weight
         loss.backward()
         self._loss_items["loss"] = loss
-        self._job.die_at("train_step", state.global_iteration)
+        if not self._has_trained:  # by this process
+            self._has_trained = True
+            self._job.reach("first_batch")
+        self._job.reach("train_step", state.global_iteration)
 
     def on_training_batch_end(self, state: TrainingState, should_log: bool = False) -> None:
         super().on_training_batch_end(state, should_log)
@@ -146,49 +167,51 @@ class PointsModel(Model):
         writer.add_scalar(
             "running", self._running_losses["loss"] / max(state.running_iter, 1), state.global_iteration
         )
-        self._job.die_at("on_training_batch_end", state.global_iteration)
+        self._job.reach("on_training_batch_end", state.global_iteration)
 
     def on_training_epoch_end(self, epoch: int) -> None:
         random.random()
-        self._job.die_at("on_training_epoch_end", epoch)
+        self._job.reach("on_training_epoch_end", epoch)
 
     def on_training_end(self) -> None:
-        self._job.die_at("on_training_end", 0)
+        self._job.reach("on_training_end")
 
     def valid_step(self, batch: Any, step: int) -> None:
         x, y, _ = batch
         loss = nn.functional.cross_entropy(self.net(x), y, reduction="sum") + torch.rand(())
         self._val_scores["loss"] = self._val_scores.get("loss", 0.0) + float(loss)
-        self._job.die_at("valid_step", self._cycle * 10 + step)
+        self._job.reach("valid_step", self._cycle * 10 + step)
 
     def on_validation_start(self, validation_cycle: int) -> None:
         super().on_validation_start(validation_cycle)
         self._cycle = validation_cycle
+        self._job.reach("on_validation_start", validation_cycle)
 
     def on_validation_end(self, validation_cycle: int) -> None:
         super().on_validation_end(validation_cycle)
         writer = hl_logging.get_tensorboard_writer()
         writer.add_scalar("valid", self._val_scores["loss"], validation_cycle)
+        self._job.reach("on_validation_end", validation_cycle)
 
     def have_metrics_improved(self) -> bool:
-        self._job.die_at("have_metrics_improved", self._cycle)
+        self._job.reach("have_metrics_improved", self._cycle)
         improved = self._val_scores["loss"] < self.best
         self.best = min(self.best, self._val_scores["loss"])
-        return improved
+        return improved if self._job.worse_from is None else self._cycle < self._job.worse_from
 
 
-def die_in_save(job: Job) -> None:
-    """Die right before or right after the n-th time that a file takes its final name."""
-    replace, count = os.replace, 0
+def reach_in_save(job: Job) -> None:
+    """Make places of the moments right before and right after a file takes its final name."""
+    replace = os.replace
 
-    def counting_replace(*args: Any, **kwargs: Any) -> None:
-        nonlocal count
-        count += 1
-        job.die_at("before_replace", count)
-        replace(*args, **kwargs)
-        job.die_at("after_replace", count)
+    def observed_replace(source: Any, target: Any, **kwargs: Any) -> None:
+        name = parse_name(Path(target).name)
+        number = 0 if name is None else name.iteration
+        job.reach("before_replace", number)
+        replace(source, target, **kwargs)
+        job.reach("after_replace", number)
 
-    os.replace = counting_replace
+    os.replace = observed_replace
 
 
 def run(job: Job) -> None:
@@ -196,15 +219,15 @@ def run(job: Job) -> None:
     torch.set_num_threads(1)
     root = Path(job.root)
     root.mkdir(parents=True, exist_ok=True)
-    die_in_save(job)
+    reach_in_save(job)
     trainer = Trainer(
         run_name="points",
         train_unit=TrainingUnit.from_str(job.unit),
         total_steps=job.total_steps,
-        valid_frequency=job.frequency if job.validates else None,
-        chkpt_frequency=job.frequency,
+        valid_frequency=job.valid_frequency,
+        chkpt_frequency=job.chkpt_frequency,
         accumulation_steps=job.accumulation,
-        early_stop_cycles=100 if job.validates else None,
+        early_stop_cycles=job.early_stop_cycles,
         enable_deterministic=True,
         enable_tensorboard=True,
         run_path=root / "tensorboard",

@@ -1,123 +1,106 @@
 """The promise, bitwise: a run that is killed and started again ends as the run that never was.
 
-Every run is a process of its own and every kill a real SIGKILL.
+Every run is a process of its own and every kill a real SIGKILL. Here is a sample of the matrix; `nox -s matrix` runs
+as much of it as one likes.
 """
 
 import dataclasses
 import functools
-import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import KILLED, evidence
-from job import BATCHES_PER_EPOCH, Job
+from job import Place
+from job_runner import KILLED, differing, evidence, run_killed
+from matrix import (
+    ACCUMULATIONS,
+    UNITS,
+    Case,
+    in_seeded_order,
+    is_valid,
+    job_of,
+    kills_of,
+    pairs_of,
+    reference_of,
+    run_case,
+    timeline,
+    valid_cases,
+)
 
 from helios.chkpt import find_last_checkpoint, load, save
 
-UNITS = ("epoch", "iteration")
-
-
-def job_of(root: Path, unit: str, accumulation: int, validates: bool) -> Job:
-    """A run of at least five epochs, saved every epoch or every second complete iteration."""
-    steps = 5 if unit == "epoch" else 42 // accumulation
-    return Job(str(root), unit, steps, accumulation, 1 if unit == "epoch" else 2, validates)
-
-
-def boundary_of(unit: str, accumulation: int) -> int:
-    """The epoch (from 1) after whose last batch a checkpoint is saved."""
-    return 3 if unit == "iteration" and accumulation == 3 else 2
-
-
-def kills_of(point: str, unit: str, accumulation: int) -> list[tuple[str, int]]:
-    """Where to kill: in an epoch other than the first."""
-    epoch = boundary_of(unit, accumulation)
-    return {
-        "mid-epoch": [("train_step", BATCHES_PER_EPOCH + 5)],
-        "last batch": [("on_training_epoch_end", epoch)],  # all of the epoch's batches are done and saved
-        "epoch boundary": [("on_training_epoch_start", epoch + 1)],
-        "twice": [
-            ("train_step", BATCHES_PER_EPOCH + 3),
-            ("on_training_batch_end", 2 * BATCHES_PER_EPOCH + 5),
-        ],
-    }[point]
+SEED = 5
+NUM_SAMPLED = 80  # every pair of values is in these
+PLAIN = Case("iteration", 0, 1, "never", "mid-epoch", "unset", False)
 
 
 @pytest.fixture(scope="session")
-def reference(run_job, tmp_path_factory):
-    """Evidence of the run that nothing happened to; without workers, which must not matter."""
+def root_of(run_job, tmp_path_factory):
+    """Folder of the run that nothing happened to."""
 
     @functools.cache
-    def run_whole(unit: str, accumulation: int, validates: bool) -> dict[str, str]:
-        job = job_of(tmp_path_factory.mktemp("whole"), unit, accumulation, validates)
-        assert run_job(job) == 0, Path(job.root, "output.txt").read_text()
-        return evidence(job)
+    def run(case: Case) -> Path:
+        root = tmp_path_factory.mktemp("whole")
+        run_killed(run_job, job_of(case, root), [])
+        return root
 
-    return run_whole
-
-
-def run_killed(run_job, job: Job, kills: list[tuple[str, int]], workers: tuple[int, ...] = ()) -> Job:
-    """Run a job, killed once at each place, until it ends; each start may have other workers."""
-    for number, kill in enumerate([*kills, None]):
-        started = dataclasses.replace(job, kill=kill)
-        if workers:
-            started = dataclasses.replace(started, workers=workers[number % len(workers)])
-        assert run_job(started) == (0 if kill is None else KILLED), Path(job.root, "output.txt").read_text()
-    return job
+    return lambda case: run(reference_of(case))
 
 
-def differing(a: dict[str, str], b: dict[str, str]) -> list[str]:
-    return [name for name in a | b if a.get(name) != b.get(name)]
+@pytest.fixture(scope="session")
+def whole(root_of):
+    """Evidence of the run that nothing happened to; without workers, which must not matter."""
+    return functools.cache(lambda case: evidence(root_of(case)))
 
 
-@pytest.mark.parametrize("validates", [False, True], ids=["", "validates"])
-@pytest.mark.parametrize("point", ["mid-epoch", "last batch", "epoch boundary", "twice"])
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("case", in_seeded_order(valid_cases(), SEED)[:NUM_SAMPLED], ids=str)
+def test_killed_and_resumed_is_uninterrupted(run_job, whole, tmp_path, case):
+    assert run_case(run_job, case, tmp_path, whole) == []
+
+
+def awkward_places(case: Case) -> dict[str, list[Place]]:
+    """Return kills that are not among the points of the matrix."""
+    places = timeline(job_of(case, Path()))
+    saves = [number for hook, number in places if hook == "before_replace"]
+    return {
+        "before the note of the start": [("before_replace", 0)],
+        "after the note of the start": [("after_replace", 0)],
+        "in start-up": [("setup", 0)],
+        "in the first batch": [("first_batch", 0), ("first_batch", 0)],
+        "in the first checkpoint": [("before_replace", saves[1]), ("before_replace", saves[1])],
+        "after the first checkpoint": [("after_replace", saves[1])],
+        "in a resume, twice": [("train_step", 13), ("load_state_dict", 0), ("setup", 0)],
+        "at the end": [("on_training_end", 0)],
+        "in the last save": [
+            ("before_replace", saves[3]),
+            ("on_training_end", 0),
+            ("before_replace", saves[-1]),
+        ],
+    }
+
+
+@pytest.mark.parametrize("place", awkward_places(PLAIN))
 @pytest.mark.parametrize("unit", UNITS)
-def test_killed_and_resumed_is_uninterrupted(
-    run_job, reference, tmp_path, unit, workers, accumulation, point, validates
-):
-    job = dataclasses.replace(job_of(tmp_path, unit, accumulation, validates), workers=workers)
-    kills = kills_of(point, unit, accumulation)
-    run_killed(run_job, job, kills)
-    assert differing(evidence(job), reference(unit, accumulation, validates)) == []
+def test_killed_at_awkward_places(run_job, whole, tmp_path, unit, place):
+    case = Case(unit, 0, 1, "as often", "mid-epoch", "after", is_async=unit == "epoch")
+    # Each start has other workers: how many there are must not matter.
+    run_killed(run_job, job_of(case, tmp_path), awkward_places(case)[place], workers=(0, 1, -2))
+    assert differing(evidence(tmp_path), whole(case)) == []
 
 
-PLACES = {
-    "in a validation": [("valid_step", 21)],
-    "after a validation": [("have_metrics_improved", 3)],
-    "before a checkpoint takes its name": [("before_replace", 3)],
-    "after a checkpoint took its name": [("after_replace", 3)],
-    "before the first checkpoint": [("before_replace", 1)],
-    "in start-up": [("setup", 0)],
-    "in a resume": [("train_step", 13), ("load_state_dict", 0)],
-    "in a resume, twice": [("train_step", 13), ("load_state_dict", 0), ("setup", 0)],
-    "in the first batch after a resume": [("train_step", 20), ("train_step", 19)],
-    "at the end": [("on_training_end", 0)],
-    "in the last save": [("before_replace", 3), ("on_training_end", 0), ("before_replace", 1)],
-}
-
-
-@pytest.mark.parametrize("is_async", [False, True], ids=["", "async"])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("unit", UNITS)
-def test_killed_at_awkward_places(run_job, reference, tmp_path, unit, place, is_async):
-    job = dataclasses.replace(job_of(tmp_path, unit, 1, True), is_async=is_async)
-    run_killed(run_job, job, PLACES[place], workers=(0, 1, -2))
-    assert differing(evidence(job), reference(unit, 1, True)) == []
-
-
-def test_a_finished_run_that_is_started_again_does_nothing(run_job, reference, tmp_path):
-    job = job_of(tmp_path, "epoch", 1, True)
+def test_a_finished_run_that_is_started_again_does_nothing(run_job, whole, tmp_path):
+    case = dataclasses.replace(PLAIN, unit="epoch", validation="as often")
+    job = job_of(case, tmp_path)
     run_killed(run_job, job, [])
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()}
     assert run_job(dataclasses.replace(job, kill=("on_training_epoch_start", 1))) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()} == before
     assert "nothing to do" in (tmp_path / "output.txt").read_text()
-    assert differing(evidence(job), reference("epoch", 1, True)) == []
+    assert differing(evidence(tmp_path), whole(case)) == []
 
 
-def other_rng(part: str):
+def other_rng(part: str) -> Callable[[dict], None]:
     """Put another generator's state in the place of one."""
 
     def change(state: dict) -> None:
@@ -130,60 +113,127 @@ def other_rng(part: str):
     return change
 
 
-def rewind_loader(state: dict) -> None:
-    state["data"]["consumed"] = 0
+def put(path: str, value: object) -> Callable[[dict], None]:
+    """Put another value in the place of one; the path is keys with slashes between."""
+
+    def change(state: dict) -> None:
+        *outer, last = path.split("/")
+        holder = functools.reduce(lambda part, key: part[key], outer, state)
+        assert holder[last] != value
+        holder[last] = value
+
+    return change
 
 
-def forget_optimizer(state: dict) -> None:
-    state["model"]["optimizer"]["state"] = {}
+@dataclass(frozen=True)
+class Control:
+    """A checkpoint with one part changed, as if it had not been saved, and what that must make differ.
+
+    Attributes:
+        change: changes the checkpoint.
+        differing: names of the evidence that must differ then.
+        case: the run, killed where the case says that it is...
+        kill: ... unless there is a place here.
+    """
+
+    change: Callable[[dict], None]
+    differing: tuple[str, ...]
+    case: Case = PLAIN
+    kill: Place | None = None
 
 
-def forget_gradients(state: dict) -> None:
-    assert state["training_state"]["trainer"]["gradients"]
-    state["training_state"]["trainer"]["gradients"] = {}
-
-
-def forget_running_losses(state: dict) -> None:
-    assert state["training_state"]["trainer"]["tables"]["_running_losses"]
-    state["training_state"]["trainer"]["tables"]["_running_losses"] = {}
-
-
+OWN = "training_state/trainer"
+VALIDATED = dataclasses.replace(PLAIN, validation="as often")
+STOPPED = dataclasses.replace(PLAIN, validation="less often", early_stop="after")
 CONTROLS = {
-    "torch's RNG": (other_rng("torch"), "iteration", 1),
-    "Python's RNG": (other_rng("python"), "iteration", 1),
-    "NumPy's RNG": (other_rng("numpy"), "iteration", 1),
-    "the loader": (rewind_loader, "iteration", 1),
-    "the optimizer": (forget_optimizer, "iteration", 1),
-    "accumulated gradients": (forget_gradients, "epoch", 3),
-    "running losses": (forget_running_losses, "iteration", 1),
-    "nothing": (lambda state: None, "iteration", 1),
+    "nothing": Control(lambda state: None, ()),
+    "torch's RNG": Control(other_rng("torch"), ("rng.torch", "model.net")),
+    "Python's RNG": Control(other_rng("python"), ("rng.python", "model.net")),
+    "NumPy's RNG": Control(other_rng("numpy"), ("rng.numpy", "model.net")),
+    "the loader": Control(put("data/consumed", 0), ("loader", "trace", "name")),
+    "the optimizer": Control(put("model/optimizer/state", {}), ("model.optimizer", "model.net")),
+    "the scheduler": Control(put("model/scheduler/last_epoch", 0), ("model.scheduler", "model.optimizer")),
+    "the model's best": Control(put("model/best", -1.0), ("model.best",), VALIDATED),
+    "the model's number": Control(
+        put("model/cycle", 99),
+        ("model.cycle",),
+        dataclasses.replace(PLAIN, validation="coprime"),
+        ("train_step", 14),
+    ),
+    "accumulated gradients": Control(
+        put(f"{OWN}/gradients", {}),
+        ("trainer.gradients", "model.net"),
+        dataclasses.replace(PLAIN, unit="epoch", accumulation=3),
+        ("train_step", 12),  # saved after 10
+    ),
+    "running losses": Control(put(f"{OWN}/tables/_running_losses", {}), ("trainer.tables", "scalars")),
+    "modes": Control(put(f"{OWN}/modes/evaluating", ["net.1"]), ("trainer.modes", "model.net")),
+    "frozen parameters": Control(
+        put(f"{OWN}/modes/frozen", ["net.0.weight"]), ("trainer.modes", "model.net")
+    ),
+    "the current iteration": Control(
+        put("training_state/current_iteration", 0), ("counters.current_iteration",)
+    ),
+    "the global iteration": Control(
+        put("training_state/global_iteration", 0), ("counters.global_iteration", "trace")
+    ),
+    "the epoch": Control(put("training_state/global_epoch", 9), ("counters.global_epoch", "name")),
+    "the batch in the epoch": Control(put("training_state/dataset_iter", 0), ("counters.dataset_iter",)),
+    "batches since the validation": Control(
+        put("training_state/running_iter", 0), ("counters.running_iter",)
+    ),
+    "the validation cycle": Control(
+        put("training_state/validation_cycles", 0), ("counters.validation_cycles", "scalars"), VALIDATED
+    ),
+    "validations without improvement": Control(
+        put("training_state/early_stop_count", 0),
+        ("counters.early_stop_count", "trainer.stop", "name"),
+        STOPPED,
+        ("train_step", 39),
+    ),
+    "that a validation came just before": Control(
+        put(f"{OWN}/cut/has_validated", False),
+        ("trainer.cut", "trainer.stop", "name"),
+        STOPPED,
+        ("have_metrics_improved", 10),
+    ),
 }
 
 
 @pytest.mark.parametrize("part", CONTROLS)
-def test_control_without_one_saved_part_the_runs_differ(run_job, reference, tmp_path, part):
+def test_control_without_one_saved_part_the_runs_differ(run_job, whole, tmp_path, part):
     """What the matrix compares depends on every part; with all of them, rewriting the file is harmless."""
-    change, unit, accumulation = CONTROLS[part]
-    job = job_of(tmp_path, unit, accumulation, False)
-    assert run_job(dataclasses.replace(job, kill=("train_step", BATCHES_PER_EPOCH + 5))) == KILLED
+    control = CONTROLS[part]
+    job = job_of(control.case, tmp_path)
+    kill = control.kill or kills_of(control.case, job)[0]
+    assert run_job(dataclasses.replace(job, kill=kill)) == KILLED
     path = find_last_checkpoint(tmp_path / "checkpoints")
+    before = path.read_bytes()
     state = load(path)
     del state["version"]
-    change(state)
+    control.change(state)
     save(state, path)
     assert run_job(job) == 0, (tmp_path / "output.txt").read_text()
-    try:
-        is_equal = differing(evidence(job), reference(unit, accumulation, False)) == []
-    except ValueError:  # the trace itself shows another batch
-        is_equal = False
-    assert is_equal == (part == "nothing")
+    path.write_bytes(before)  # so that what differs is not the change itself but what it led to
+    found = differing(evidence(tmp_path), whole(control.case))
+    assert set(found) >= set(control.differing)
+    assert bool(found) == bool(control.differing)
+
+
+def test_everything_that_is_compared_has_a_control(whole):
+    # Another accumulation is another run, and refused on resume, so the settings need a control of another kind.
+    cases = [dataclasses.replace(PLAIN, unit="epoch", accumulation=n) for n in (1, 2)]
+    others = differing(*map(whole, cases))
+    assert "trainer.settings" in others and "name" not in others
+    names = {name for control in CONTROLS.values() for name in control.differing}
+    assert names | {"trainer.settings"} == set(whole(VALIDATED))
 
 
 @pytest.mark.parametrize(
     "part", ["rng", "rng.torch", "rng.python", "rng.numpy", "data", "data.consumed", "model"]
 )
 def test_a_missing_part_stops_the_run_and_is_named(run_job, tmp_path, part):
-    job = job_of(tmp_path, "iteration", 1, False)
+    job = job_of(PLAIN, tmp_path)
     assert run_job(dataclasses.replace(job, kill=("train_step", 13))) == KILLED
     path = find_last_checkpoint(tmp_path / "checkpoints")
     state = load(path)
@@ -199,14 +249,29 @@ def test_a_missing_part_stops_the_run_and_is_named(run_job, tmp_path, part):
     assert last in output.splitlines()[-1], output
 
 
+SHAPES = [
+    Case(unit, 0, accumulation, "coprime", "mid-epoch", early_stop, False)
+    for unit in UNITS
+    for accumulation in ACCUMULATIONS
+    for early_stop in ("unset", "after")
+]
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_the_timeline_is_what_a_run_passes(root_of, case):
+    lines = (root_of(case) / "places.txt").read_text().splitlines()
+    assert lines == [f"{hook} {number}" for hook, number in timeline(job_of(case, Path()))]
+
+
 def test_the_matrix_is_what_it_says():
-    cases = list(itertools.product(UNITS, (1, 3)))
-    for unit, accumulation in cases:
-        epoch = boundary_of(unit, accumulation)
-        job = job_of(Path(), unit, accumulation, False)
-        batches = epoch * BATCHES_PER_EPOCH
-        if unit == "iteration":
-            assert batches % (accumulation * job.frequency) == 0  # saved after the epoch's last batch
-            assert job.total_steps * accumulation > batches + 2 * BATCHES_PER_EPOCH  # two boundaries follow
-        else:
-            assert job.total_steps >= epoch + 2
+    sample = in_seeded_order(valid_cases(), SEED)[:NUM_SAMPLED]
+    assert len(set(sample)) == NUM_SAMPLED and all(map(is_valid, sample))
+    assert set().union(*map(pairs_of, sample)) == set().union(*map(pairs_of, valid_cases()))
+    for case in sample:
+        job = job_of(case, Path())
+        places, kills = timeline(job), kills_of(case, job)
+        assert all(kill in places or kill == ("load_state_dict", 0) for kill in kills)
+    boundaries = [("on_training_epoch_end", 2), ("on_training_epoch_end", 4), ("on_training_epoch_end", 6)]
+    for accumulation, boundary in zip(ACCUMULATIONS, boundaries, strict=True):
+        case = dataclasses.replace(PLAIN, accumulation=accumulation, point="epoch end")
+        assert kills_of(case, job_of(case, Path())) == [boundary]

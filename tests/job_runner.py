@@ -1,0 +1,89 @@
+"""Runs jobs in real processes, kills included, and reads what they leave."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "examples"))
+
+from job import Job, Place  # noqa: E402
+from prove_resume import digest, read_scalars, read_trace  # noqa: E402
+
+from helios.chkpt import load  # noqa: E402
+
+KILLED = -signal.SIGKILL
+
+
+class JobRunner:
+    """Runs jobs, one at a time, each in a process of its own. A context manager."""
+
+    def __enter__(self) -> Self:
+        command = [sys.executable, str(HERE / "fork_server.py")]
+        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._server:  # closes the pipes, at which it ends
+            pass
+
+    def __call__(self, job: Job) -> int:
+        """Run a job and return its status; negative is a signal."""
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps(dataclasses.asdict(job)) + "\n")
+        self._server.stdin.flush()
+        return int(self._server.stdout.readline())
+
+
+def run_killed(runner: JobRunner, job: Job, kills: Sequence[Place], workers: Sequence[int] = ()) -> None:
+    """Run a job, killed once at each place, until it ends; each start may have other workers.
+
+    Raises:
+        AssertionError: a process did not die at its place, or the last did not end well.
+    """
+    for number, kill in enumerate([*kills, None]):
+        started = dataclasses.replace(job, kill=kill)
+        if workers:
+            started = dataclasses.replace(started, workers=workers[number % len(workers)])
+        status = runner(started)
+        output = Path(job.root, "output.txt").read_text()
+        assert status == (0 if kill is None else KILLED), f"{kill}: status {status}\n{output}"
+
+
+def evidence(root: Path) -> dict[str, str]:
+    """Return digests of all that must be the same, by name: of every checkpoint, of the trace and the scalars."""
+    parts: dict[str, list[Any]] = {}
+    for path in sorted((root / "checkpoints").glob("*.pth")):
+        for name, value in {"name": path.name, **parts_of(load(path))}.items():
+            parts.setdefault(name, []).append(value)
+    try:
+        parts["trace"] = read_trace(root / "trace.txt")
+    except ValueError as error:  # a batch that was repeated was another one
+        parts["trace"] = [str(error)]
+    parts["scalars"] = read_scalars(root / "tensorboard")
+    return {name: digest(part) for name, part in parts.items()}
+
+
+def parts_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be the same of a checkpoint, by name."""
+    counters = dict(checkpoint["training_state"])
+    own = dict(counters.pop("trainer"))
+    del counters["average_iter_time"]  # seconds
+    del own["event_sizes"]  # of files that a restart continues in another file
+    return {
+        **{f"model.{key}": value for key, value in checkpoint["model"].items()},
+        **{f"rng.{key}": value for key, value in checkpoint["rng"].items()},
+        "loader": checkpoint["data"],
+        **{f"counters.{key}": value for key, value in counters.items()},
+        **{f"trainer.{key}": value for key, value in own.items()},
+    }
+
+
+def differing(a: dict[str, str], b: dict[str, str]) -> list[str]:
+    """Return the names of what differs between two pieces of evidence."""
+    return [name for name in {**a, **b} if a.get(name) != b.get(name)]
