@@ -26,8 +26,7 @@ def run_in_child(values: dict[str, object]) -> None:
     os.dup2(output, 2)
     status = 1
     try:
-        job.run(job.Job(**values))
-        status = 0
+        status = 0 if job.run(job.Job(**values)) else os.EX_TEMPFAIL
     except BaseException:
         traceback.print_exc()
     finally:

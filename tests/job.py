@@ -1,4 +1,4 @@
-"""A small training run that kills itself where it is told to. Run by fork_server.py, one process a job.
+"""A small training run that kills itself or asks itself to stop where it is told to. Run by fork_server.py.
 
 Everything that can go wrong on resume is in it: a shuffled dataset that the batch size does not divide,
 augmentation and a model that draw from all three generators, dropout, batch norm, Adam, a schedule, gradient
@@ -46,7 +46,8 @@ class Job:
         worse_from: validation from which on the metrics improve no more, from 1; None leaves it to the losses.
         workers: loader processes; -2 means 2 that persist.
         is_async: write checkpoints in the background.
-        kill: (hook, number): SIGKILL itself when that hook is called with that number; None lives on. The number is
+        signal: name of the signal that it sends itself.
+        kill: (hook, number): the signal is sent when that hook is called with that number; None sends none. It is
             that of the batch, epoch or validation, from 1; in a validation step ten times the validation plus the
             step; when a file takes its name the batch in the name, 0 for the note that a run begins with; else 0.
     """
@@ -61,14 +62,17 @@ class Job:
     worse_from: int | None = None
     workers: int = 0
     is_async: bool = False
+    signal: str = "SIGKILL"
     kill: Place | None = None
 
     def reach(self, hook: str, number: int = 0) -> None:
-        """Note the place, and die if it is the one."""
+        """Note the place, and send the signal if it is the one."""
         with Path(self.root, "places.txt").open("a") as file:
             file.write(f"{hook} {number}\n")
         if self.kill is not None and tuple(self.kill) == (hook, number):
-            os.kill(os.getpid(), signal.SIGKILL)
+            with Path(self.root, "kills.txt").open("a") as file:
+                file.write(f"{hook} {number}\n")
+            os.kill(os.getpid(), signal.Signals[self.signal])
 
 
 class Points(torch.utils.data.Dataset[Any]):
@@ -214,8 +218,8 @@ def reach_in_save(job: Job) -> None:
     os.replace = observed_replace
 
 
-def run(job: Job) -> None:
-    """Train, or go on training."""
+def run(job: Job) -> bool:
+    """Train, or go on training, and say whether that is finished."""
     torch.set_num_threads(1)
     root = Path(job.root)
     root.mkdir(parents=True, exist_ok=True)
@@ -237,4 +241,4 @@ def run(job: Job) -> None:
         print_banner=False,
         async_chkpt=job.is_async,
     )
-    trainer.fit(PointsModel(job), PointsData(job.workers))
+    return trainer.fit(PointsModel(job), PointsData(job.workers))

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,9 +16,10 @@ sys.path.append(str(HERE.parent / "examples"))
 from job import Job, Place  # noqa: E402
 from prove_resume import digest, read_scalars, read_trace  # noqa: E402
 
-from helios.chkpt import load  # noqa: E402
+from helios.chkpt import load, parse_name  # noqa: E402
 
 KILLED = -signal.SIGKILL
+STOPPED = os.EX_TEMPFAIL  # of a process that was asked to stop and is to go on another time
 
 
 class JobRunner:
@@ -43,8 +45,10 @@ class JobRunner:
 def run_killed(runner: JobRunner, job: Job, kills: Sequence[Place], workers: Sequence[int] = ()) -> None:
     """Run a job, killed once at each place, until it ends; each start may have other workers.
 
+    Asked to stop at the last place it may end instead, if there is nothing left to do then.
+
     Raises:
-        AssertionError: a process did not die at its place, or the last did not end well.
+        AssertionError: a process did not come to its place or did not die of it, or the last did not end well.
     """
     for number, kill in enumerate([*kills, None]):
         started = dataclasses.replace(job, kill=kill)
@@ -52,15 +56,29 @@ def run_killed(runner: JobRunner, job: Job, kills: Sequence[Place], workers: Seq
             started = dataclasses.replace(started, workers=workers[number % len(workers)])
         status = runner(started)
         output = Path(job.root, "output.txt").read_text()
-        assert status == (0 if kill is None else KILLED), f"{kill}: status {status}\n{output}"
+        if kill is None:
+            assert status == 0, f"status {status}\n{output}"
+            return
+        expected = [KILLED] if job.signal == "SIGKILL" else [STOPPED, 0] if kill == kills[-1] else [STOPPED]
+        assert status in expected, f"{job.signal} at {kill}: status {status}\n{output}"
+        noted = Path(job.root, "kills.txt").read_text().splitlines()
+        assert len(noted) == number + 1, f"{kill} was not reached, only {noted}"
 
 
-def evidence(root: Path) -> dict[str, str]:
-    """Return digests of all that must be the same, by name: of every checkpoint, of the trace and the scalars."""
+def evidence(root: Path, batches: Container[int] | None = None) -> dict[str, str]:
+    """Return digests of all that must be the same, by name: of checkpoints, of the trace and the scalars.
+
+    Args:
+        root: folder of the run.
+        batches: only checkpoints after these; None takes all.
+    """
     parts: dict[str, list[Any]] = {}
     for path in sorted((root / "checkpoints").glob("*.pth")):
-        for name, value in {"name": path.name, **parts_of(load(path))}.items():
-            parts.setdefault(name, []).append(value)
+        name = parse_name(path.name)
+        assert name is not None
+        if batches is None or name.iteration in batches:
+            for part, value in {"name": path.name, **parts_of(load(path))}.items():
+                parts.setdefault(part, []).append(value)
     try:
         parts["trace"] = read_trace(root / "trace.txt")
     except ValueError as error:  # a batch that was repeated was another one
