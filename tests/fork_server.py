@@ -6,6 +6,7 @@ else, and forks for every job. A job that kills itself dies like any process.
 
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -18,7 +19,9 @@ assert torch._dynamo and torch.utils.tensorboard  # imported for the jobs: an op
 
 
 def run_in_child(values: dict[str, object]) -> None:
-    """Run a job with its output in a file, and leave without the parent's clean-up."""
+    """Run a job in a process group, with its output in a file, and leave without the parent's clean-up."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have had us ignore
     root = Path(str(values["root"]))
     root.mkdir(parents=True, exist_ok=True)
     output = os.open(root / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

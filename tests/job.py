@@ -47,6 +47,7 @@ class Job:
         workers: loader processes; -2 means 2 that persist.
         is_async: write checkpoints in the background.
         signal: name of the signal that it sends itself.
+        to_workers: the signal goes to the loader's workers too, as from a terminal or a batch system.
         kill: (hook, number): the signal is sent when that hook is called with that number; None sends none. It is
             that of the batch, epoch or validation, from 1; in a validation step ten times the validation plus the
             step; when a file takes its name the batch in the name, 0 for the note that a run begins with; else 0.
@@ -63,6 +64,7 @@ class Job:
     workers: int = 0
     is_async: bool = False
     signal: str = "SIGKILL"
+    to_workers: bool = False
     kill: Place | None = None
 
     def reach(self, hook: str, number: int = 0) -> None:
@@ -72,7 +74,18 @@ class Job:
         if self.kill is not None and tuple(self.kill) == (hook, number):
             with Path(self.root, "kills.txt").open("a") as file:
                 file.write(f"{hook} {number}\n")
-            os.kill(os.getpid(), signal.Signals[self.signal])
+            self._send_signal(signal.Signals[self.signal])
+
+    def _send_signal(self, number: int) -> None:
+        if not self.to_workers:
+            os.kill(os.getpid(), number)
+            return
+        # A stranger sends it: workers go quietly if it is their parent who does.
+        stranger = os.fork()
+        if stranger == 0:
+            os.killpg(0, number)
+            os._exit(0)
+        os.waitpid(stranger, 0)
 
 
 class Points(torch.utils.data.Dataset[Any]):

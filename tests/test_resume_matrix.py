@@ -90,6 +90,28 @@ def test_killed_at_awkward_places(run_job, whole, tmp_path, unit, place):
     assert differing(evidence(tmp_path), whole(case)) == []
 
 
+STOPS = {
+    "before the note of the start": [("before_replace", 0)],
+    "in start-up, twice": [("setup", 0), ("setup", 0)],
+    "in the first batch, twice": [("first_batch", 0), ("first_batch", 0)],
+    "in a resume, twice": [("train_step", 14), ("load_state_dict", 0), ("setup", 0)],
+    "in a validation right after a resume": [("train_step", 24), ("valid_step", 21), ("train_step", 26)],
+    "at the end": [("on_training_end", 0)],
+}
+
+
+@pytest.mark.parametrize(
+    ("signal", "to_workers"), [("SIGTERM", False), ("SIGTERM", True), ("SIGUSR1", True), ("SIGINT", True)]
+)
+@pytest.mark.parametrize("place", STOPS)
+def test_asked_to_stop_at_awkward_places(run_job, whole, tmp_path, place, signal, to_workers):
+    case = Case("iteration", 0, 3, "less often", "mid-epoch", "unset", is_async=True)
+    job = dataclasses.replace(job_of(case, tmp_path), signal=signal, to_workers=to_workers)
+    run_killed(run_job, job, STOPS[place], workers=(3, -2, 1))
+    due = {number for hook, number in timeline(job) if hook == "before_replace"}
+    assert differing(evidence(tmp_path, due), whole(case)) == []
+
+
 def test_a_finished_run_that_is_started_again_does_nothing(run_job, whole, tmp_path):
     case = dataclasses.replace(PLAIN, unit="epoch", validation="as often")
     job = job_of(case, tmp_path)
