@@ -2,8 +2,9 @@
 
     python tests/matrix_session.py [NUMBER | all] [--seed N] [--only TEXT]
 
-The cases come in a random order that the seed fixes, those first that together have every pair of values. `--only`
-takes those whose name contains the text; the name is printed if a case fails. Exits with status 1 if anything differs.
+The cases come in a random order that the seed fixes, those first that together have every pair of values. All of them
+take hours. `--only` takes those whose name contains the text; the name is printed if a case fails. Exits with status 1
+if anything differs.
 """
 
 import argparse

@@ -28,6 +28,7 @@ from matrix import (
     timeline,
     valid_cases,
 )
+from prove_resume import read_scalars
 
 from helios.chkpt import find_last_checkpoint, load, save
 
@@ -284,6 +285,11 @@ SHAPES = [
 def test_the_timeline_is_what_a_run_passes(root_of, case):
     lines = (root_of(case) / "places.txt").read_text().splitlines()
     assert lines == [f"{hook} {number}" for hook, number in timeline(job_of(case, Path()))]
+
+
+def test_every_scalar_is_there_once(root_of):
+    scalars = read_scalars(root_of(VALIDATED) / "tensorboard")
+    assert len({(tag, step) for tag, step, _ in scalars}) == len(scalars) > 100
 
 
 def test_the_matrix_is_what_it_says():
