@@ -102,3 +102,20 @@ def _parameters_in(prefix: str, part: nn.Module | Optimizer) -> Iterator[tuple[s
         for number, group in enumerate(part.param_groups):
             for index, parameter in enumerate(group["params"]):
                 yield f"{prefix}.{number}.{index}", parameter
+
+
+def tensors_of(owner: object) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of every parameter and every buffer, once, also of those that no state_dict has.
+
+    Parameters of lazy modules come when they are there.
+    """
+    yield from ((name, p) for name, p in _named_parameters(owner) if not nn.parameter.is_lazy(p))
+    for prefix, network in named_networks(owner):
+        yield from ((name, b) for name, b in network.named_buffers(prefix) if not nn.parameter.is_lazy(b))
+
+
+def optimizers_of(owner: object) -> Iterator[tuple[str, Optimizer]]:
+    """Yield (name, optimizer) of every optimizer among an object's attributes, also in lists and dicts."""
+    for name, part in _parts_of(owner):
+        if isinstance(part, Optimizer):
+            yield name, part
