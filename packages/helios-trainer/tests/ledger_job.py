@@ -90,10 +90,10 @@ def torn_writes(death):
     write = os.write
 
     def tear(descriptor, content):
-        if content.startswith(b'{"step"') and death.place == "in the row":
-            if json.loads(content)["step"] >= death.step:
-                write(descriptor, content[: len(content) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
+        is_row = content.startswith(b'{"step"') and death.place == "in the row"
+        if is_row and json.loads(content)["step"] >= death.step:
+            write(descriptor, content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
         return write(descriptor, content)
 
     os.write = tear

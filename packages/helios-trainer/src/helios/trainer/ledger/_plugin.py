@@ -23,8 +23,8 @@ class Ledger(Plugin):
     after the checkpoint that it goes on from is cut off, and written anew. A run that begins from the beginning begins
     the file anew. Nothing is drawn from a generator, and the run ends with the same bits as without a ledger.
 
-    Digests of weights and losses wait for the device. A rehearsal (`Trainer(dry_run=...)`) makes the digests, and
-    writes nothing.
+    Losses, and digests of weights and of batches that are on a device, wait for it. A rehearsal
+    (`Trainer(dry_run=...)`) makes the digests, and writes nothing.
 
     Args:
         path: the file; its folder is made if need be.
@@ -89,8 +89,8 @@ class Ledger(Plugin):
             self._file = LedgerFile.begin(self.path, self._header())
         else:
             way_out = (
-                "Put it back; or go on with a new one from here: Ledger(another path, plug_id='ledger2') with "
-                "Trainer(accept_on_resume=['ledger2'])"
+                f"Put it back; or go on with a new one from here: Ledger(another path, plug_id='{self.plug_id}2') with "
+                f"Trainer(accept_on_resume=['{self.plug_id}2'])"
             )
             self._place = self._restored["place"]
             self._file = LedgerFile.go_on(self.path, Mark(**self._restored["mark"]), way_out)
