@@ -7,6 +7,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 
+_MAY_HAVE_PARTS = (nn.Module, Optimizer, Mapping, list, tuple)
+
+
 def named_networks(owner: object) -> Iterator[tuple[str, nn.Module]]:
     """Yield (name, network) of every nn.Module among an object's attributes, also in lists and dicts."""
     for name, value in _parts_of(owner):
@@ -22,12 +25,10 @@ def _parts_of(owner: object) -> Iterator[tuple[str, nn.Module | Optimizer]]:
 def _parts_in(name: str, value: object) -> Iterator[tuple[str, nn.Module | Optimizer]]:
     if isinstance(value, nn.Module | Optimizer):
         yield name, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _parts_in(f"{name}.{key}", item)
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _parts_in(f"{name}.{index}", item)
+    elif isinstance(value, Mapping | list | tuple):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            if isinstance(item, _MAY_HAVE_PARTS):  # a history of numbers may be long
+                yield from _parts_in(f"{name}.{key}", item)
 
 
 def gradients_of(owner: object) -> dict[str, torch.Tensor]:
