@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from helios.data import create_dataloader
-
 
 class Rows(Dataset[torch.Tensor]):
     """Cheap samples: a row of a tensor, so that what is measured is the loader.
@@ -55,6 +53,8 @@ def torch_loader(dataset: Any, batch_size: int, num_workers: int) -> Iterable[An
 
 def helios_loader(dataset: Any, batch_size: int, num_workers: int, sample_rng: Any) -> Iterable[Any]:
     """Make our loader with the same options."""
+    from helios.data import create_dataloader  # not in the interpreter of helios-ml
+
     return create_dataloader(
         dataset,
         batch_size=batch_size,
