@@ -189,9 +189,10 @@ def count(number: int) -> str:
 def environment() -> str:
     """Say on what the measurements were made."""
     # Ours from the source: the metadata of an editable installation is that of the day it was made.
-    ours = ("helios.data", "helios.core.rng", "helios.chkpt")
+    ours = ("helios.data", "helios.core.rng", "helios.chkpt", "helios.trainer")
     versions = [f"{name} {importlib.import_module(name).__version__}" for name in ours]
-    for name in ("torch", "numpy", "torchdata", "grain", "safetensors", "lightning"):
+    peers = ("torchdata", "grain", "safetensors", "lightning", "pytorch-ignite", "accelerate")
+    for name in ("torch", "numpy", *peers):
         try:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:

@@ -26,8 +26,8 @@ NOTES = (
     "`_loss_items`, as their documentation does; the others keep nothing. Loaders: `ResumableDataLoader` with "
     '`sample_rng="worker"`, which is exactly the work of torch\'s; helios-ml makes a torch DataLoader with a sampler '
     "of its own. Empty: a step that does nothing on a batch of 1; for Lightning with manual optimization. MLP: two "
-    "linear layers and SGD, on a batch of 32. Barebones: Lightning's mode to find out what its features cost. helios-ml "
-    "runs in an interpreter of its own, which `HELIOS_ML_PYTHON` names, without torchvision's compiled part."
+    "linear layers and SGD, on a batch of 32. Barebones: Lightning's mode to find out what its features cost. "
+    "helios-ml runs in an interpreter of its own, which `HELIOS_ML_PYTHON` names."
 )
 WORKS = {"empty": Work(2000, 1, []), "MLP": Work(400, 32, [32])}
 
@@ -69,7 +69,7 @@ CONTENDERS = [
     Contender("helios-ml, by EPOCH", "helios-ml", THEIRS, partial(loops.helios_ml, by_epoch=True)),
     Contender("helios-ml, by ITERATION", "helios-ml", THEIRS, partial(loops.helios_ml, by_epoch=False)),
 ]
-LOADERS = {OURS: "helios", TORCH: "torch", THEIRS: "helios-ml"}
+LOADERS: dict[Callable[[Work], Any], str] = {OURS: "helios", TORCH: "torch", THEIRS: "helios-ml"}
 
 
 class Steps(NamedTuple):

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Work:
     def steps_us(self) -> list[float]:
         """Return how long each step took, with all that came between it and the next one; not the first tenth."""
         stamps = self.began_ns[len(self.began_ns) // 10 :]
-        return [(after - before) / 1e3 for before, after in zip(stamps, stamps[1:], strict=False)]
+        return [(after - before) / 1e3 for before, after in pairwise(stamps)]
 
 
 def loss_of(net: Any, batch: torch.Tensor) -> torch.Tensor:
