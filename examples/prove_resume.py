@@ -171,7 +171,8 @@ def read_trace(path: Path) -> list[str]:
 
 def read_scalars(folder: Path) -> list[tuple[str, int, float]]:
     """Return every scalar that TensorBoard shows: tag, step, value."""
-    (run_folder,) = folder.iterdir()
+    # A run that is killed right when it takes the name of its logs leaves them empty, and takes another.
+    (run_folder,) = (path for path in folder.iterdir() if any(path.iterdir()))
     events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0})
     events.Reload()
     return [(tag, e.step, e.value) for tag in sorted(events.Tags()["scalars"]) for e in events.Scalars(tag)]

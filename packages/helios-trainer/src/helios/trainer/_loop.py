@@ -21,6 +21,7 @@ A checkpoint is a cut at one of the places marked: what follows it is done again
 that is asked to stop (by a signal, say) saves at the next of them and leaves the loop.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -181,6 +182,7 @@ class TrainingLoop:
 
     def _train_on(self, batches: Iterator[Any]) -> StopReason | None:
         state, hooks, accumulation = self._state, self._hooks, self._settings.accumulation_steps
+        due = self._next_due()
         began_s = time.perf_counter()
         for batch in batches:
             state.dataset_iter += 1
@@ -198,10 +200,20 @@ class TrainingLoop:
             if is_complete:
                 if self._stop_request.is_made:
                     self._stop_at(Cut(CutPoint.BATCH))
-                if (stop := self._finish_iteration()) is not None:
-                    return stop
+                if state.current_iteration >= due:
+                    if (stop := self._finish_iteration()) is not None:
+                        return stop
+                    due = self._next_due()
             began_s = time.perf_counter()
         return None
+
+    def _next_due(self) -> float:
+        """Return the next iteration after which something is due: by EPOCH none."""
+        if self._by_epoch:
+            return math.inf
+        settings, done = self._settings, self._state.current_iteration
+        frequencies = (settings.valid_frequency, settings.chkpt_frequency)
+        return min([settings.total_steps, *(done + f - done % f for f in frequencies if f is not None)])
 
     def _finish_iteration(self) -> StopReason | None:
         """Do what is due after a complete iteration: by EPOCH nothing."""
