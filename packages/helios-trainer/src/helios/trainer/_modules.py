@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-
 _MAY_HAVE_PARTS = (nn.Module, Optimizer, Mapping, list, tuple)
 
 
