@@ -213,10 +213,12 @@ def _difference(
 def _scalar_difference(
     scalars: tuple[Scalar | None, Scalar | None], origin: str, cause: Cause, is_by_itself: bool = False
 ) -> Difference:
-    known = next(scalar for scalar in scalars if scalar is not None)
+    one, two = scalars
+    known = one or two
+    assert known is not None, "they differ"
     expected, found = ("not logged" if scalar is None else scalar.value for scalar in scalars)
-    if None not in scalars and scalars[0][:2] != scalars[1][:2]:
-        expected, found = (f"{scalar.value} as {scalar.name}, step {scalar.step}," for scalar in scalars)
+    if one is not None and two is not None and one[:2] != two[:2]:
+        expected, found = (f"{scalar.name} at {scalar.step}," for scalar in (one, two))
     return Difference(
         component=f"scalar {known.name}",
         step=known.global_iteration,
@@ -225,13 +227,11 @@ def _scalar_difference(
         expected=expected,
         found=found,
         summary=f"{expected} != {found}",
-        origin=_origin(plan, len(plan), recording),
-        cause="though all else is the same",
-        advice=(
-            "Of what was logged after the checkpoint, each has to be logged again, once and with the same value.",
-        ),
+        origin=origin,
+        cause=cause.headline,
+        advice=cause.advice,
         others=(),
-        is_by_itself=False,
+        is_by_itself=is_by_itself,
     )
 
 

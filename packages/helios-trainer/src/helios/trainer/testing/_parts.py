@@ -116,7 +116,7 @@ class _Walk:
                     self._parameter_names[id(parameter)] = path
                     yield from self.within(replace(part, path=path, value=parameter), depth)
                     yield replace(part, path=f"{path}.requires_grad", value=parameter.requires_grad)
-                    if parameter.grad is not None:
+                    if parameter.is_leaf and parameter.grad is not None:
                         yield replace(part, path=f"{path}.grad", value=parameter.grad)
             for key, buffer in module._buffers.items():
                 if buffer is not None:
@@ -137,7 +137,7 @@ class _Walk:
                 settings = {key: value for key, value in group.items() if key != "params"}
                 yield from self._items(part, f"{part.path}.param_groups[{number}]", settings, 0)
             for parameter, entries in optimizer.state.items():
-                name = names.get(id(parameter), str(parameter))
+                name = names.get(id(parameter), parameter)
                 path = f"{part.path}.state[{name}]"
                 yield from self.within(replace(part, path=path, value=entries, holder=None), 0)
 

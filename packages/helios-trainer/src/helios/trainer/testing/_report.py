@@ -72,10 +72,8 @@ class ResumeReport:
 
     def __str__(self) -> str:
         if self.difference is None:
-            lines = [
-                f"the same bits in every one of {self.num_steps} steps, in a run that was resumed after being"
-            ]
-            return "\n".join([*lines, *(f"    {each}" for each in self.interrupted)])
+            first = f"the same bits in each of {self.num_steps} steps, in runs that were"
+            return "\n".join([first, *(f"    {each}" for each in self.interrupted)])
         same = f"The same bits came of runs that were {', '.join(self.interrupted)}"
         return "\n".join([str(self.difference), *(_wrapped(same) if self.interrupted else [])])
 
