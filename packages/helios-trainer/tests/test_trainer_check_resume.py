@@ -4,6 +4,7 @@
 import itertools
 import logging
 import random
+import re
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -225,6 +226,27 @@ def test_the_report_of_a_forgotten_scheduler():
     assert caught.value.report.difference.others[-1] == "optimizer.param_groups[0].lr"
 
 
+def test_the_report_in_the_readme():
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    example, check = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[:2]
+    there = {}
+    exec(example.partition("trainer = hlt.Trainer(")[0] + check, there)
+
+    class SineModel(there["SineModel"]):
+        def setup(self, fast_init=False):
+            super().setup(fast_init)
+            self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.99)
+
+        def train_step(self, batch, state):
+            super().train_step(batch, state)
+            self.scheduler.step()
+
+    there["SineModel"] = SineModel
+    with pytest.raises(ResumeError) as caught:
+        there["test_resume"]()
+    assert f"```text\n{caught.value}\n```" in readme
+
+
 @pytest.mark.parametrize(
     ("name", "component", "line"),
     [
@@ -375,6 +397,45 @@ def test_the_legacy_generator_in_a_step():
     lost = difference(variant(train_step=train_step))
     assert (lost.step, lost.cause) == (1, "drawn from NumPy's legacy generator (np.random.*)")
     assert "It was used in a training step." in str(lost)
+
+
+class Meter:
+    """A mean that is called, as user classes are."""
+
+    def __init__(self):
+        self.total, self.span = torch.tensor(0.0), (float("inf"), 0)
+
+    def __call__(self, value):
+        self.total += value
+        self.span = (min(self.span[0], value), self.span[1] + 1)
+
+
+@pytest.mark.parametrize("kept", [(), ("total",), ("span",), ("total", "span")])
+def test_objects_of_the_user_in_lists_and_dicts(kept):
+    def setup(self, fast_init=False):
+        Everything.setup(self)
+        self.stages = [{"meter": Meter()}]
+
+    def parts(self):
+        meter = self.stages[0]["meter"]
+        return {**Everything.parts(self), **{name: getattr(meter, name) for name in kept}}
+
+    def load_state_dict(self, state, fast_init=False):
+        Everything.load_state_dict(self, state)
+        for name in kept:
+            setattr(self.stages[0]["meter"], name, state[name])
+
+    def train_step(self, batch, state):
+        Everything.train_step(self, batch, state)
+        self.stages[0]["meter"](self._loss_items["loss"].item())
+
+    model = variant(setup=setup, parts=parts, load_state_dict=load_state_dict, train_step=train_step)
+    report = check_resume(trainer_maker(), model, Data, stop_at=5, raises=False)
+    forgotten = [f"stages[0].meter.{name}" for name in ("total", "span") if name not in kept]
+    assert ([] if report.is_exact else [report.difference.component]) == forgotten[:1]
+    if forgotten:
+        assert report.difference.cause == "not in Model.state_dict"
+        assert f"self.{forgotten[0]} = state[{forgotten[0]!r}]" in str(report)
 
 
 class Hidden:

@@ -1,6 +1,7 @@
 """Whether a `state_dict` has a part, found out by changing the part."""
 
 import random
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -58,12 +59,9 @@ def _digests(state: Mapping[str, Any]) -> dict[str, bytes]:
 def _change(part: Part) -> bool:
     """Give a part another value, where it is; say whether that could be done."""
     value, before = part.value, leaf_of(part.value).digest
-    if isinstance(value, torch.Tensor):
-        with torch.no_grad(), suppress(RuntimeError):
-            value.copy_(value.logical_not() if value.dtype is torch.bool else value + 1)
-    elif isinstance(value, np.ndarray):
-        value[...] = ~value if value.dtype == bool else value + 1
-    elif isinstance(value, torch.Generator):
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return any(_fill(value, other) and leaf_of(value).digest != before for other in (0, 1))
+    if isinstance(value, torch.Generator):
         value.manual_seed(value.initial_seed() + 1)
     elif isinstance(value, random.Random | np.random.Generator | np.random.RandomState):
         value.random()
@@ -72,9 +70,29 @@ def _change(part: Part) -> bool:
     return leaf_of(value).digest != before
 
 
+def _fill(value: torch.Tensor | np.ndarray, number: int) -> bool:
+    try:
+        with torch.no_grad():
+            value[...] = number
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+    ):  # an expanded tensor, an array that is read-only, other objects
+        return False
+    return True
+
+
 def _other_value(value: Any) -> Any:
     if is_series(value):
-        return type(value)([*value, 0])
+        longer = [*value, 0]
+        return (
+            longer
+            if isinstance(value, list)
+            else tuple(longer)
+            if isinstance(value, tuple)
+            else deque(longer)
+        )
     if isinstance(value, bool):
         return not value
     if isinstance(value, np.generic):

@@ -15,6 +15,7 @@ from helios.trainer.testing._compare import LENGTH, Divergence, differing
 from helios.trainer.testing._leaf import Leaf, Snapshot, snapshot_of
 from helios.trainer.testing._parts import GENERATORS, parts_in
 from helios.trainer.testing._recorder import Recording, Save, legacy_state
+from helios.trainer.testing._report import shortened
 
 # What the trainer puts back itself, after all hooks.
 _KEPT_BY_TRAINER = re.compile(
@@ -122,7 +123,7 @@ def cause_in_resume(path: str, divergence: Divergence, resume: Resume) -> Cause:
     if lost:
         return Cause(
             f"{headline}; {lost[0]} was not",
-            (f"These were not as at the checkpoint when the loop began: {shortened(lost)}.",),
+            (f"These were not as at the checkpoint when the loop began: {shortened(tuple(lost))}.",),
         )
     return Cause(
         headline,
@@ -254,9 +255,3 @@ BY_ITSELF = Cause(
         "and changes nothing, can be left out by its path: check_resume(..., ignore=(...)).",
     ),
 )
-
-
-def shortened(paths: list[str], most: int = 6) -> str:
-    """Return the first of some names."""
-    rest = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(paths[:most]) + rest

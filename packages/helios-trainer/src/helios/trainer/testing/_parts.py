@@ -178,4 +178,4 @@ def _is_of_user(value: object) -> bool:
     """Say whether to look into an object: not into files, locks, loggers, functions and what torch has."""
     home = type(value).__module__.partition(".")[0]
     known = home in sys.stdlib_module_names or home in ("torch", "numpy", "helios", "tqdm", "tensorboard")
-    return hasattr(value, "__dict__") and not callable(value) and not known
+    return hasattr(value, "__dict__") and not known

@@ -47,7 +47,7 @@ class Difference:
         lines += [f"    {name + ':':<15}{value}" for name, value in rows]
         lines += ["", *(f"    {line}" for line in self.advice)]
         if self.others:
-            lines += ["", *_wrapped(f"Also different then: {_shortened(self.others)}")]
+            lines += ["", *_wrapped(f"Also different then: {shortened(self.others)}")]
         return "\n".join(lines)
 
 
@@ -85,6 +85,8 @@ class ResumeError(AssertionError):
         report: what was found.
     """
 
+    __module__ = "helios.trainer.testing"  # shorter in a traceback
+
     def __init__(self, report: ResumeReport) -> None:
         super().__init__(str(report))
         self.report = report
@@ -94,6 +96,7 @@ def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, 110, initial_indent="    ", subsequent_indent="      ", break_long_words=False)
 
 
-def _shortened(paths: tuple[str, ...], most: int = 6) -> str:
+def shortened(paths: tuple[str, ...], most: int = 6) -> str:
+    """Return the first of some paths."""
     rest = f" and {len(paths) - most} more" if len(paths) > most else ""
     return ", ".join(paths[:most]) + rest
