@@ -510,6 +510,21 @@ def test_a_run_that_is_not_deterministic_is_not_blamed_on_the_resume():
     assert report.is_exact
 
 
+@pytest.mark.parametrize("name", ["batch", "state"])
+def test_attributes_may_have_names_of_the_report(name):
+    def setup(self, fast_init=False):
+        Everything.setup(self)
+        setattr(self, name, {"current_iteration": 0})
+
+    def train_step(self, batch, state):
+        Everything.train_step(self, batch, state)
+        getattr(self, name)["current_iteration"] += 1
+
+    lost = difference(variant(setup=setup, train_step=train_step))
+    assert (lost.component, lost.expected, lost.found) == (f"{name}.current_iteration", "6", "1")
+    assert lost.cause == "not in Model.state_dict"
+
+
 def test_given_steps_are_stopped_and_killed_at():
     report = check_resume(trainer_maker(), Everything, Data, stop_at=[3, 6])
     assert report.interrupted == (

@@ -14,7 +14,7 @@ from helios.trainer.testing._carried import find_part, is_carried
 from helios.trainer.testing._compare import LENGTH, Divergence, differing
 from helios.trainer.testing._leaf import Leaf, Snapshot, snapshot_of
 from helios.trainer.testing._parts import GENERATORS, parts_in
-from helios.trainer.testing._recorder import Recording, Save, legacy_state
+from helios.trainer.testing._recorder import Phase, Recording, Save, legacy_state
 from helios.trainer.testing._report import shortened
 
 # What the trainer puts back itself, after all hooks.
@@ -72,7 +72,9 @@ def primary_path(divergence: Divergence, resume: Resume) -> str:
     """Return which of the paths that differ to show: one that was lost in the resume, if there is any."""
     paths, recording = [*divergence.leaves, *divergence.effects], resume.recording
     lost = set(resume.lost())
-    if is_data(paths[0]):  # nothing but a plug-in that processes it can have made another batch of it
+    if _is_data(
+        paths[0], divergence
+    ):  # nothing but a plug-in that processes it can have made another batch of it
         makers = [p for p in recording.plugins if is_overridden(p, "process_training_batch")]
         lost = {path for path in lost if any(path.startswith(f"plugins.{p.plug_id}.") for p in makers)}
     suspects = [path for path in paths if path in lost]
@@ -81,9 +83,10 @@ def primary_path(divergence: Divergence, resume: Resume) -> str:
     return min(suspects, key=lambda path: _rank(recording, path))
 
 
-def is_data(path: str) -> bool:
-    """Say whether a path is of the batch."""
-    return path == "sample order" or re.match(r"batch\b", path) is not None
+def _is_data(path: str, divergence: Divergence) -> bool:
+    """Say whether a path is of the batch; a model may have an attribute of that name too."""
+    is_of_batch = path == "sample order" or re.match(r"batch\b", path) is not None
+    return is_of_batch and divergence.moment_of(path).phase is Phase.BATCH
 
 
 def _rank(recording: Recording, path: str) -> int:
@@ -109,7 +112,7 @@ def _owner_of(recording: Recording, path: str) -> tuple[Model | Plugin, str]:
 def cause_in_resume(path: str, divergence: Divergence, resume: Resume) -> Cause:
     """Say why a path differs in a run that was resumed, though the run from the beginning equals itself."""
     recording = resume.recording
-    if is_data(path):
+    if _is_data(path, divergence):
         return _cause_in_data(path, recording, divergence)
     if path in resume.lost():
         return _cause_of_loss(path, resume)
@@ -238,7 +241,7 @@ def probe(loader: Any, divergence: Divergence) -> str | None:
 
 def cause_without_resume(path: str, recording: Recording, divergence: Divergence) -> Cause:
     """Say why two runs from the beginning differ."""
-    if is_data(path) and path != "sample order":
+    if _is_data(path, divergence) and path != "sample order":
         cause = _cause_in_data(path, recording, divergence)
         if "samples are the same" not in cause.headline:
             return cause

@@ -287,7 +287,7 @@ class Recorder(Plugin):
             yield Part(f"RNG {name}", generator_bits(state))
         for name, value in self._state.to_dict().items():
             if name not in ("average_iter_time", "trainer"):  # measured; and empty while a run is in progress
-                yield Part(f"state.{name}", value)
+                yield Part(f"TrainingState.{name}", value)
 
     def _note_legacy(self, when: str) -> None:
         """Note whether NumPy's legacy generator was used since it was looked at last."""
