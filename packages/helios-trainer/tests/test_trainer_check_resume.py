@@ -510,6 +510,27 @@ def test_a_run_that_is_not_deterministic_is_not_blamed_on_the_resume():
     assert report.is_exact
 
 
+@pytest.mark.parametrize(
+    ("lost", "component"),
+    [
+        ("_checkpoint.load_rng_state_dict", "RNG torch"),
+        ("_checkpoint.Resumption.restore_loader", "sample order"),
+        ("_checkpoint.restore_tables", "_running_losses.loss"),
+        ("_checkpoint.restore_gradients", "net.0.weight.grad"),
+    ],
+)
+def test_what_the_trainer_itself_would_lose_is_seen(monkeypatch, lost, component):
+    class Drawing(Everything):
+        def train_step(self, batch, state):
+            super().train_step(batch + torch.rand(()), state)
+
+    make_trainer = trainer_maker(TrainingUnit.EPOCH, 2, accumulation_steps=3, chkpt_frequency=1)
+    assert check_resume(make_trainer, Drawing, Data, stop_at=5).is_exact
+    monkeypatch.setattr(f"helios.trainer.{lost}", lambda *args, **options: None)
+    found = difference(Drawing, make_trainer=make_trainer)
+    assert component in (found.component, *found.others)
+
+
 @pytest.mark.parametrize("name", ["batch", "state"])
 def test_attributes_may_have_names_of_the_report(name):
     def setup(self, fast_init=False):
