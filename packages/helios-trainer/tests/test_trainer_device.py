@@ -1,10 +1,12 @@
 """Choosing the device, and the switches of cuDNN and determinism. No CUDA is needed: its counts are faked."""
 
 import os
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
 
+from helios.chkpt import load, load_last_checkpoint
 from helios.trainer import Trainer
 
 
@@ -79,24 +81,28 @@ def test_the_model_knows_its_device(kit):
 
 
 def watching(kit, look):
+    """A model that notes what `look` gives in each of its hooks, as (hook, what it gave)."""
+
     class Watching(kit.Net):
         def __init__(self, **options):
             super().__init__(**options)
-            self.seen = {}
+            self.seen = set()
 
-        def train_step(self, batch, state):
-            self.seen["train"] = look()
-            super().train_step(batch, state)
-
-        def valid_step(self, batch, step):
-            self.seen["valid"] = look()
-            super().valid_step(batch, step)
-
-        def test_step(self, batch, step):
-            self.seen["test"] = look()
-            super().test_step(batch, step)
+        def note(self, *call):
+            self.seen.add((call[0], look()))
+            super().note(*call)
 
     return Watching()
+
+
+IN_TRAINING = [
+    "on_training_epoch_start", "on_training_batch_start", "train_step", "on_training_batch_end", "on_training_epoch_end",
+]  # fmt: skip
+IN_EVALUATION = [
+    f"{hook.replace('*', name)}"
+    for name in ("validation", "testing")
+    for hook in ("on_*_start", "on_*_batch_start", "on_*_batch_end", "on_*_end")
+] + ["valid_step", "test_step"]
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -107,8 +113,27 @@ def test_benchmark_is_on_in_training_only(kit, monkeypatch, enabled, before):
     trainer = kit.trainer(valid_frequency=1, enable_cudnn_benchmark=enabled)
     trainer.fit(model, kit.Data())
     trainer.test(model, kit.Data())
-    assert model.seen == {"train": enabled, "valid": False, "test": False}
+    for hook in IN_TRAINING:
+        assert (hook, enabled) in model.seen and (hook, not enabled) not in model.seen
+    for hook in IN_EVALUATION:
+        assert (hook, False) in model.seen and (hook, True) not in model.seen
     assert torch.backends.cudnn.benchmark is before
+
+
+@pytest.mark.parametrize("hook", ["train_step", "valid_step", "test_step"])
+def test_benchmark_is_put_back_after_a_failure(kit, monkeypatch, hook):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    trainer, model = kit.trainer(valid_frequency=1), kit.Net()
+
+    def fail(*args):
+        assert torch.backends.cudnn.benchmark is False
+        raise kit.AbortError
+
+    setattr(model, hook, fail)
+    with pytest.raises(kit.AbortError):
+        trainer.fit(model, kit.Data())
+        trainer.test(model, kit.Data())
+    assert torch.backends.cudnn.benchmark is True
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -122,7 +147,7 @@ def test_deterministic_kernels(kit, monkeypatch, enabled):
     trainer = kit.trainer(valid_frequency=1, enable_deterministic=enabled)
     trainer.fit(model, kit.Data())
     trainer.test(model, kit.Data())
-    assert set(model.seen.values()) == {(True, ":4096:8") if enabled else (False, None)}
+    assert {seen for _, seen in model.seen} == {(True, ":4096:8") if enabled else (False, None)}
     assert look() == (False, None)
 
 
@@ -137,3 +162,98 @@ def test_deterministic_settings_of_the_user_are_put_back_after_a_failure(kit, mo
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+class Devices:
+    """Two CUDA devices that record what a run asks of them."""
+
+    def __init__(self, monkeypatch):
+        self.seeds, self.maps, self.current = [], [], [0]
+        self.states = [torch.tensor([1], dtype=torch.uint8), torch.tensor([2], dtype=torch.uint8)]
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", self.seeds.append)
+        monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [s.clone() for s in self.states])
+        monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: setattr(self, "states", states))
+        monkeypatch.setattr(torch.cuda, "device", self.device)
+        monkeypatch.setattr("helios.trainer._find.load_last_checkpoint", self.load)
+
+    @contextmanager
+    def device(self, device):
+        self.current.append(device.index)
+        try:
+            yield
+        finally:
+            self.current.pop()
+
+    def load(self, *place, map_location, **options):
+        self.maps.append(map_location)
+        return load_last_checkpoint(*place, **options)
+
+    def draw(self):
+        """Draw from the generators of all devices."""
+        self.states = [state * 3 + 1 for state in self.states]
+
+    def values(self):
+        return [state.item() for state in self.states]
+
+
+def model_on(kit, devices):
+    """A model whose run is on a CUDA device, though its networks are here."""
+
+    class Elsewhere(kit.Net):
+        def setup(self, fast_init=False):
+            assert (self.device, self.map_loc) == (torch.device("cuda", 1), "cuda:1")
+            self.device = torch.device("cpu")
+            super().setup(fast_init)
+
+        def note(self, *call):
+            assert devices.current == [0, 1]  # the device of the run is the current one
+            super().note(*call)
+
+        def train_step(self, batch, state):
+            devices.draw()
+            super().train_step(batch, state)
+
+    return Elsewhere
+
+
+def test_a_run_on_the_second_of_two_devices(kit, monkeypatch, tmp_path):
+    devices = Devices(monkeypatch)
+    made = model_on(kit, devices)
+
+    def run(root, **options):
+        model = made(**options)
+        trainer = kit.trainer(use_cpu=None, gpus=[1], chkpt_root=root, chkpt_frequency=1)
+        devices.states = [torch.tensor([1], dtype=torch.uint8), torch.tensor([2], dtype=torch.uint8)]
+        with suppress(kit.AbortError):
+            trainer.fit(model, kit.Data())
+        assert devices.current == [0]
+        return trainer, model
+
+    trainer, whole = run(tmp_path / "whole")
+    assert trainer.gpu_ids == [1]
+    assert set(devices.seeds) == {6691}  # torch.manual_seed asks for it too
+    assert devices.maps == ["cuda:1"]
+    end = devices.values()
+    saved = load(tmp_path / "whole" / "net_epoch_1_iter_3.pth")["rng"]["cuda"]
+    assert [state.item() for state in saved] == [(1 * 27 + 13) % 256, (2 * 27 + 13) % 256]
+
+    run(tmp_path / "two", abort_at=len(whole.trace) - 10)
+    assert devices.values() != end
+    _, rest = run(tmp_path / "two")
+    assert devices.values() == end  # the generators of the devices went on too
+    assert kit.bits(rest.state_dict()) == kit.bits(whole.state_dict())
+    assert trainer.test(made(), kit.Data()) is True
+    assert set(devices.maps) == {"cuda:1"} and devices.current == [0]
+
+
+def test_on_the_cpu_no_device_is_made_current(kit, monkeypatch):
+    devices = Devices(monkeypatch)
+    model = watching(kit, lambda: tuple(devices.current))
+    trainer = kit.trainer()
+    trainer.fit(model, kit.Data())
+    trainer.test(model, kit.Data())
+    assert {seen for _, seen in model.seen} == {(0,)}
+    assert set(devices.seeds) == {6691}  # they are there, so they are seeded: the model may use them

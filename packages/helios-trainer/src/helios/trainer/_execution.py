@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,15 @@ def _check_gpus(gpus: object) -> None:
         raise TypeError(f"gpus must be a list of device ids (ints), found {gpus!r}")
     if not gpus or min(gpus) < 0 or len(set(gpus)) < len(gpus):
         raise ValueError(f"gpus must be one or more different ids, 0 or more, found {gpus}")
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Return a scope in which "cuda" without a number means this device, if it is one of CUDA.
+
+    So it does for the user's `.cuda()`, for the thread that pins memory (which would make a context, of some hundred
+    MB, on device 0) and for kernels that are started on the current device, whatever their tensors are on.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from helios.data import DataModule, ResumableDataLoader
 from helios.trainer._banner import banner, summary
 from helios.trainer._bars import ProgressBars
 from helios.trainer._checkpoint import Resumption, build_checkpoint, metadata_of
-from helios.trainer._execution import Execution, cudnn_benchmark, deterministic_kernels
+from helios.trainer._execution import Execution, cudnn_benchmark, deterministic_kernels, on_device
 from helios.trainer._find import find_resumption
 from helios.trainer._hooks import Hooks, length_of
 from helios.trainer._loop import Cut, CutPoint, StoppedOnRequest, StopReason, TrainingLoop, describe
@@ -77,6 +77,7 @@ class FitRun:
         settings = self._settings
         seed_rngs(settings.random_seed)
         with ExitStack() as stack:
+            stack.enter_context(on_device(self._execution.device))
             if settings.save_root is not None:  # else there is nothing to do before the process ends
                 stack.enter_context(listening_to_signals(self._stop_request))
             self._loggers = RunLoggers(capture_warnings=settings.capture_warnings)

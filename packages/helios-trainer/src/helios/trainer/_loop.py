@@ -250,12 +250,12 @@ class TrainingLoop:
         state.validation_cycles += 1
         # Another pass for every validation, whatever number it has in this process.
         loader.set_epoch(state.validation_cycles - 1)
-        self._hooks.validation_start(state.validation_cycles)
-        with torch.no_grad(), cudnn_benchmark(False):
+        with cudnn_benchmark(False):
+            self._hooks.validation_start(state.validation_cycles)
             bar = self._bars.evaluation("validation", length_of(loader, self._settings.dry_run))
-            with batches_of(loader, self._stop_request) as batches:
+            with torch.no_grad(), batches_of(loader, self._stop_request) as batches:
                 evaluate(batches, self._hooks.validation_batch, bar, self._settings.dry_run)
-        self._hooks.validation_end(state.validation_cycles)
+            self._hooks.validation_end(state.validation_cycles)
         state.running_iter = 0
 
     def _check_after_validation(self, has_validated: bool, is_counted: bool = False) -> StopReason | None:

@@ -13,7 +13,7 @@ from helios.data import DataModule
 from helios.trainer._bars import ProgressBars
 from helios.trainer._checkpoint import load_model
 from helios.trainer._earlier import is_earlier, targets_of
-from helios.trainer._execution import cudnn_benchmark, deterministic_kernels
+from helios.trainer._execution import cudnn_benchmark, deterministic_kernels, on_device
 from helios.trainer._find import find_checkpoint
 from helios.trainer._fit import checked_loader, logged_exceptions
 from helios.trainer._hooks import Hooks, batches_of, evaluate, length_of
@@ -46,6 +46,7 @@ def run_test(
     """
     seed_rngs(settings.random_seed)
     with ExitStack() as stack:
+        stack.enter_context(on_device(model.device))
         loggers = RunLoggers(capture_warnings=settings.capture_warnings)
         stack.callback(loggers.close)
         stack.enter_context(logged_exceptions())
@@ -72,11 +73,11 @@ def run_test(
         hooks = Hooks(model, plugins)
         bars = ProgressBars(settings.enable_progress_bar, settings.train_unit, settings.total_steps)
         stack.enter_context(contextlib.closing(bars))
+        stack.enter_context(cudnn_benchmark(False))
         hooks.testing_start()
-        with torch.no_grad(), cudnn_benchmark(False):
-            bar = bars.evaluation("test", length_of(loader, settings.dry_run))
-            with batches_of(loader, StopRequest()) as batches:  # nobody can ask for a stop
-                evaluate(batches, hooks.testing_batch, bar, settings.dry_run)
+        bar = bars.evaluation("test", length_of(loader, settings.dry_run))
+        with torch.no_grad(), batches_of(loader, StopRequest()) as batches:  # nobody can ask for a stop
+            evaluate(batches, hooks.testing_batch, bar, settings.dry_run)
         hooks.testing_end()
 
 
