@@ -96,10 +96,11 @@ def watching(kit, look):
 
 
 IN_TRAINING = [
-    "on_training_epoch_start", "on_training_batch_start", "train_step", "on_training_batch_end", "on_training_epoch_end",
+    "on_training_epoch_start", "on_training_batch_start", "train_step", "on_training_batch_end",
+    "on_training_epoch_end",
 ]  # fmt: skip
 IN_EVALUATION = [
-    f"{hook.replace('*', name)}"
+    hook.replace("*", name)
     for name in ("validation", "testing")
     for hook in ("on_*_start", "on_*_batch_start", "on_*_batch_end", "on_*_end")
 ] + ["valid_step", "test_step"]
