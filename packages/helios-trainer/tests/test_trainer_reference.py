@@ -335,3 +335,45 @@ def test_folders_are_made(kit, tmp_path, flag):
 def test_a_path_without_its_flag_writes_nothing(kit, tmp_path):
     kit.trainer(total_steps=1, log_path=tmp_path / "l", run_path=tmp_path / "r").fit(Bare("m"), kit.Data())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("unit", ["EPOCH", "ITERATION"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.0])
+def test_a_loss_that_is_no_number_may_stop_training(kit, tmp_path, unit, value):
+    class Diverging(kit.Net):
+        def train_step(self, batch, state):
+            self._loss_items["loss"] = torch.tensor(value if state.global_iteration == 5 else 1.0)
+
+        def should_training_stop(self):
+            loss = self._loss_items.get("loss")
+            return loss is not None and not torch.isfinite(loss).item()
+
+    steps = 4 if unit == "EPOCH" else 12
+    trainer, model = (
+        kit.trainer(getattr(kit, unit), steps, chkpt_root=tmp_path, chkpt_frequency=2),
+        Diverging(),
+    )
+    assert trainer.fit(model, kit.Data()) is True
+    is_stopped = value != 1.0  # control: a loss like any other stops nothing
+    assert model.trace[-1] == ("on_training_end",)
+    end = load(tmp_path / f"net_epoch_{2 if is_stopped else 4}_iter_{5 if is_stopped else 12}.pth")
+    assert end["training_state"]["trainer"]["stop"] == ("REQUESTED" if is_stopped else "TOTAL_STEPS")
+
+
+def test_a_score_that_is_good_enough_may_stop_training(kit):
+    class Scored(Bare):
+        cycles = 0
+
+        def on_validation_end(self, validation_cycle):
+            self.cycles = validation_cycle
+            super().on_validation_end(validation_cycle)
+
+        def valid_step(self, batch, step):
+            self._val_scores["accuracy"] = 0.3 * (self.cycles + 1)
+
+        def should_training_stop(self):
+            return self._val_scores.get("accuracy", 0) > 0.8
+
+    model = Scored("m")
+    kit.trainer(total_steps=9, valid_frequency=2).fit(model, kit.Data())
+    assert model.cycles == 3
