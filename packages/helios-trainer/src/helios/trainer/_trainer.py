@@ -137,9 +137,9 @@ class Trainer:
 
         Raises:
             TypeError: an argument is not what it should be, or the model has no `train_step`.
-            ValueError: `total_steps` is 0, or `accept_on_resume` has a name that means nothing.
-            RuntimeError: anything went wrong in between; its cause is the exception itself. Exceptions of
-                the types in `train_exceptions` are passed unchanged.
+            ValueError: `total_steps` is 0.
+            RuntimeError: anything went wrong in between (`accept_on_resume` has a name that means nothing, say); its
+                cause is the exception itself. Exceptions of the types in `train_exceptions` are passed unchanged.
         """
         self._check(model, datamodule)
         if type(model).train_step is Model.train_step:
