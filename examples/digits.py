@@ -205,8 +205,8 @@ def main() -> None:
         trainer.plugins.append(Trace(arguments.trace))
     model = DigitsModel(arguments.epochs * batches_per_epoch)
     data = DigitsData(arguments.workers)
-    trainer.fit(model, data)
-    trainer.test(model, data)
+    if trainer.fit(model, data):  # else a signal stopped it: start it again, and it goes on
+        trainer.test(model, data)
 
 
 if __name__ == "__main__":
