@@ -95,13 +95,22 @@ def isolate(session: nox.Session, name: str, wheels: Path, place: Path) -> None:
     check = str(ROOT / "tests" / "isolated_import.py")
     with session.chdir(place):
         session.run(python, "-I", check, name, *sorted(SIBLINGS[name]), external=True)
-    pip("pytest", "hypothesis")
+    pip("pytest", "pytest-xdist", "hypothesis")
     shutil.copytree(ROOT / "packages" / name / "tests", place / "tests")
     shutil.copy(ROOT / "packages" / name / "README.md", place)  # its examples are tested
     if (docs := ROOT / "packages" / name / "docs").exists():  # and what its pages say
         shutil.copytree(docs, place / "docs")
     with session.chdir(place):
-        options = ["--import-mode=importlib", "-q", "-p", "no:cacheprovider"]
+        options = [
+            "--import-mode=importlib",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-n",
+            "2",
+            "--dist",
+            "worksteal",
+        ]
         session.run(python, "-I", "-m", "pytest", *options, "tests", external=True)
     if SIBLINGS[name]:
         # In a checkout the folder alone is enough: its siblings come from beside it.

@@ -1,25 +1,23 @@
 """One call of `fit`: everything between the arguments and the loop, and after it."""
 
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
-from helios.chkpt import CheckpointName, CheckpointStore, check_state, format_name
+from helios.chkpt import CheckpointStore
 from helios.core.rng import seed_rngs
 from helios.data import DataModule, ResumableDataLoader
 from helios.trainer._banner import banner, summary
 from helios.trainer._bars import ProgressBars
-from helios.trainer._checkpoint import Resumption, build_checkpoint, metadata_of
+from helios.trainer._checkpoint import Resumption
 from helios.trainer._execution import Execution, cudnn_benchmark, deterministic_kernels, on_device
 from helios.trainer._find import find_resumption
 from helios.trainer._hooks import Hooks, length_of
 from helios.trainer._loop import Cut, CutPoint, StoppedOnRequest, StopReason, TrainingLoop, describe
 from helios.trainer._model import Model
-from helios.trainer._modules import named_networks
 from helios.trainer._plugin import PluginRegistry
+from helios.trainer._saver import CheckpointSaver
 from helios.trainer._scalars import logging_scalars
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._start_note import Start, StartNote
@@ -63,7 +61,6 @@ class FitRun:
         self._is_stopped = False
         self._name = settings.run_name or model.save_name
         self._store: CheckpointStore | None = None
-        self._last_saved: Path | None = None
         self._state = TrainingState()
         self._start_note: StartNote | None = None
         if settings.save_root is not None:
@@ -186,6 +183,18 @@ class FitRun:
         bars = ProgressBars(settings.enable_progress_bar, settings.train_unit, settings.total_steps)
         stack.callback(bars.close)
         stack.enter_context(cudnn_benchmark(settings.enable_cudnn_benchmark))
+        saver = CheckpointSaver(
+            self._store,
+            settings,
+            self._name,
+            state=self._state,
+            model=model,
+            plugins=self._plugins,
+            train_loader=self._train_loader,
+            loggers=self._loggers,
+            start_note=self._start_note,
+            stop_request=self._stop_request,
+        )
         loop = TrainingLoop(
             settings,
             self._state,
@@ -193,13 +202,15 @@ class FitRun:
             train_loader=self._train_loader,
             valid_loader=valid_loader,
             bars=bars,
-            save=self._save,
+            save=saver.save,
             stop_request=self._stop_request,
         )
-        self._run_loop(loop, bars, None if resumption is None else resumption.cut)
+        self._run_loop(loop, saver, bars, None if resumption is None else resumption.cut)
         return self._trained(None if self._store is None else self._loggers.event_sizes())
 
-    def _run_loop(self, loop: TrainingLoop, bars: ProgressBars, cut: Cut | None) -> None:
+    def _run_loop(
+        self, loop: TrainingLoop, saver: CheckpointSaver, bars: ProgressBars, cut: Cut | None
+    ) -> None:
         state = self._state
         began_s, batches_before = time.perf_counter(), state.global_iteration
         is_within_epoch = cut is not None and cut.point is not CutPoint.FINISHED
@@ -213,11 +224,11 @@ class FitRun:
         else:
             bars.close()
             self._hooks.training_end()
-            self._save(Cut(CutPoint.FINISHED), stop)
+            saver.save(Cut(CutPoint.FINISHED), stop)
             reason = f"finished: {stop.value}"
         elapsed_s = time.perf_counter() - began_s
         num_batches = state.global_iteration - batches_before
-        get_root_logger().info("%s", summary(state, reason, num_batches, elapsed_s, self._last_saved))
+        get_root_logger().info("%s", summary(state, reason, num_batches, elapsed_s, saver.last))
 
     def _load_data(self) -> tuple[ResumableDataLoader, ResumableDataLoader | None]:
         datamodule = self._datamodule
@@ -227,73 +238,6 @@ class FitRun:
         if self._settings.valid_frequency is None:
             return train_loader, None
         return train_loader, checked_loader(datamodule, "valid", datamodule.valid_dataloader())
-
-    def _save(self, cut: Cut, stop: StopReason | None = None) -> None:
-        """Save a checkpoint.
-
-        Raises:
-            OSError: it is the last one of this process and could not be written. Of another one it is only logged.
-        """
-        if self._store is None and self._settings.dry_run is None:
-            return
-        state, model = self._state, self._model
-        name = CheckpointName(self._name, state.global_epoch, state.global_iteration)
-        metadata = metadata_of(model, format_name(name).removesuffix(".pth"))
-        if model._scalar_log is not None:
-            model._scalar_log.flush()
-        checkpoint = build_checkpoint(
-            cut,
-            stop,
-            settings=self._settings,
-            state=state,
-            model=model,
-            plugins=self._plugins,
-            train_loader=self._train_loader,
-            targets=self._loggers.targets,
-            event_sizes=self._loggers.event_sizes(),
-        )
-        if not checkpoint["model"] and self._last_saved is None and any(named_networks(model)):
-            get_root_logger().warning(
-                "%s.state_dict() is empty, though the model has networks: they are not saved, and a restart will "
-                "not have their weights",
-                type(model).__name__,
-            )
-        if self._store is None:
-            check_state(checkpoint)
-        else:
-            is_last = stop is not None or self._stop_request.is_made
-            self._write(self._store, checkpoint, dataclasses.replace(name, metadata=metadata), is_last)
-
-    def _write(
-        self, store: CheckpointStore, checkpoint: dict[str, Any], name: CheckpointName, is_last: bool
-    ) -> None:
-        try:
-            store.wait()  # for the one before
-        except OSError as error:
-            _say_lost(error)
-        place: dict[str, Any] = {"epoch": name.epoch, "iteration": name.iteration, "metadata": name.metadata}
-        try:
-            if self._settings.async_chkpt and not is_last and self._start_note is None:
-                self._last_saved = store.save_async(checkpoint, **place)
-            else:
-                self._last_saved = store.save(checkpoint, **place)
-        except OSError as error:
-            if is_last:
-                raise
-            _say_lost(error)
-            return
-        if self._start_note is not None:  # the first checkpoint of this process, on the disk now
-            self._start_note.remove()
-            self._start_note = None
-
-
-def _say_lost(error: OSError) -> None:
-    # A full disk may have room again in an hour. To end the run would lose what was trained since the last one.
-    get_root_logger().error(
-        "a checkpoint could not be written, training goes on and the next one is tried when it is due: %s: %s",
-        type(error).__name__,
-        error,
-    )
 
 
 def _origin(resumption: Resumption | None) -> str | None:
