@@ -205,6 +205,11 @@ def test_map_location_is_that_of_torch(writer: str, location: str, kit: Any, tmp
     assert repr(part) == repr({key: expected[key] for key in ("shared", "scalar")})
 
 
+def text_of(value: object) -> str:
+    """The repr; of a set without its order, which hashes of text and the way it was filled make."""
+    return repr(sorted(map(repr, value))) if isinstance(value, set) else repr(value)
+
+
 @pytest.mark.parametrize(
     "make",
     [
