@@ -187,6 +187,9 @@ class Quiet(Model):
     def state_dict(self):
         return {"weight": self.weight}
 
+    def load_state_dict(self, state, fast_init=False):
+        self.weight = state["weight"]
+
     def train_step(self, batch, state):
         if state.global_iteration == 3:
             self.waits = Waits()

@@ -4,18 +4,20 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from helios.chkpt import parse_name
 from helios.core.rng import RNGStateError, get_rng_state_dict, load_rng_state_dict
 from helios.data import LoaderStateError, ResumableDataLoader
 from helios.trainer._loop import Cut, CutPoint, StopReason, as_dict, cut_from_dict
 from helios.trainer._model import Model, restore_tables, tables_of
 from helios.trainer._modules import (
+    aliases_of,
     gradients_of,
     modes_of,
     restore_frozen,
     restore_gradients,
     restore_training_modes,
 )
-from helios.trainer._plugin import RESERVED_KEYS, PluginRegistry, is_overridden
+from helios.trainer._plugin import RESERVED_KEYS, Plugin, PluginRegistry, is_overridden
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._training_state import TrainingState
 from helios.trainer.logging import LogTargets, get_root_logger
@@ -37,13 +39,17 @@ def build_checkpoint(
     event_sizes: Mapping[str, int],
 ) -> dict[str, Any]:
     """Return everything that a resumed run needs, at a cut of the loop."""
+    # First, since a state_dict below may draw a number, which must not matter: see CheckpointSaver.
+    generators = get_rng_state_dict()
     own = {
         "cut": as_dict(cut),
         "stop": None if stop is None else stop.name,
         "settings": settings.decisive(),
+        "noted": noted(settings, train_loader),
         "tables": tables_of(model),
         "gradients": gradients_of(model),
         "modes": modes_of(model),
+        "aliases": aliases_of(model),
         "event_sizes": dict(event_sizes),
     }
     checkpoint: dict[str, Any] = {
@@ -54,8 +60,13 @@ def build_checkpoint(
     }
     for plug_id, plugin in plugins.items():
         checkpoint[plug_id] = checked_state(f"plug-in {plug_id!r}", plugin.state_dict())
-    checkpoint["rng"] = get_rng_state_dict()  # last, in case a state_dict above drew a number
+    checkpoint["rng"] = generators
     return checkpoint
+
+
+def noted(settings: TrainerSettings, train_loader: ResumableDataLoader) -> dict[str, Any]:
+    """Return what may differ when a run goes on, but makes other bits of it."""
+    return {**settings.noted(), "batch_size": train_loader.batch_size}
 
 
 def checked_state(owner: str, state: Any) -> dict[str, Any]:
@@ -90,6 +101,7 @@ class Resumption:
     def __init__(self, path: Path, checkpoint: dict[str, Any], accepted: Collection[str] = ()) -> None:
         self.path = path
         self._accepted = accepted
+        self._is_reseeded = False  # another seed is accepted: the old generators are not put back
         for key in _ALWAYS:
             if key not in checkpoint:
                 found = f"{path} lacks {key!r}, which a run needs to go on; it has {sorted(checkpoint)}"
@@ -109,6 +121,12 @@ class Resumption:
             raise ValueError(
                 f"{self.path} lacks {lost[0]!r} in training_state['trainer'], which a run needs to go on: another "
                 "release of helios-trainer wrote it"
+            )
+        name, counted = parse_name(self.path.name), (state.global_epoch, state.global_iteration)
+        if name is not None and counted != (name.epoch, name.iteration):
+            raise ValueError(
+                f"{self.path} was written in epoch {counted[0]}, at iteration {counted[1]}: it has the name of another "
+                "checkpoint, by which it is found. Give it back its own, or take it away"
             )
         stop = None if self._own["stop"] is None else StopReason[self._own["stop"]]
         return state, cut_from_dict(self._own["cut"]), stop, self._own["event_sizes"]
@@ -130,13 +148,14 @@ class Resumption:
             ValueError: a decisive setting differs, and that is not accepted.
         """
         for name, now in settings.decisive().items():
-            then = self._own["settings"][name]
+            then = self._own["settings"].get(name)
             if now != then:
                 self._accept(
                     name,
                     f"{self.path} was written with {name}={then}, this trainer has {name}={now}: the run would "
                     "not go on but become another. Use the old value, or another run_name or chkpt_root",
                 )
+                self._is_reseeded |= name == "random_seed"
 
     def check_plugins(self, plugins: PluginRegistry) -> None:
         """Refuse to go on if a plug-in's state is missing.
@@ -176,7 +195,8 @@ class Resumption:
                 return
             except LoaderStateError as error:
                 self._accept("data", f"{self.path}: {error}", error)
-        is_over = self.cut.point is CutPoint.EPOCH_END
+        ended = self.cut.point is CutPoint.FINISHED and self._own["settings"]["train_unit"] == "EPOCH"
+        is_over = self.cut.point is CutPoint.EPOCH_END or ended
         loader.set_epoch(self.state.global_epoch - (not is_over))
         self.state.dataset_iter = 0
 
@@ -195,12 +215,31 @@ class Resumption:
             is_over: training does not go on. If it does, from its end, `on_training_end` may have switched
                 to evaluation.
         """
-        self._restore_own(model, is_over)
+        try:
+            self._restore_own(model, is_over)
+        except KeyError as error:
+            raise ValueError(
+                f"{self.path} lacks {error} in training_state['trainer']: it is damaged"
+            ) from error
         self._restore_generators()
         self._checkpoint = self._own = {}  # or second copies of weights and gradients would stay in memory
 
+    def say_what_differs(self, settings: TrainerSettings, loader: ResumableDataLoader) -> None:
+        """Warn of what may differ, but makes the run end with other bits than it would have."""
+        before = self._own.get("noted", {})  # which 0.1 did not write
+        for name, now in noted(settings, loader).items():
+            if name in before and before[name] != now:
+                get_root_logger().warning(
+                    "%s was written with %s=%s, and the run goes on with %s: it will not end with the bits that it "
+                    "would have had",
+                    self.path,
+                    name,
+                    before[name],
+                    now,
+                )
+
     def _restore_generators(self) -> None:
-        if "rng" not in self._checkpoint:
+        if "rng" not in self._checkpoint or self._is_reseeded:
             return  # accepted: they go on as they were seeded
         try:
             load_rng_state_dict(self._checkpoint["rng"], ignore_cuda="rng.cuda" in self._accepted)
@@ -209,11 +248,12 @@ class Resumption:
             self._accept(name, f"{self.path}: generators: {error}", error)
 
     def _restore_own(self, model: Model, is_over: bool) -> None:
+        modes, aliases = self._own["modes"], self._own.get("aliases", {})  # which 0.1 did not write
         restore_tables(model, self._own["tables"])
-        restore_gradients(model, self._own["gradients"])
-        restore_frozen(model, self._own["modes"])
+        restore_gradients(model, self._own["gradients"], aliases)
+        restore_frozen(model, modes, aliases)
         if is_over or self.cut.point is not CutPoint.FINISHED:
-            restore_training_modes(model, self._own["modes"])
+            restore_training_modes(model, modes, aliases)
 
 
 def metadata_of(model: Model, name: str) -> str:
@@ -224,6 +264,25 @@ def metadata_of(model: Model, name: str) -> str:
             f"append_metadata_to_chkpt_name must return a str, found {type(answer).__name__} {answer!r}"
         )
     return answer.removeprefix(name).removeprefix("_").removesuffix(".pth")
+
+
+def check_pairs(model: Model, plugins: PluginRegistry) -> None:
+    """Check that what saves its state takes it back.
+
+    Raises:
+        TypeError: `state_dict` is overridden, and `load_state_dict` is not.
+    """
+    owners: list[tuple[str, Model | Plugin, type]] = [("model", model, Model)]
+    owners += [(f"plug-in {plug_id!r}", plugin, Plugin) for plug_id, plugin in plugins.items()]
+    for owner, part, base in owners:
+        saves, loads = (
+            getattr(type(part), name) is not getattr(base, name) for name in ("state_dict", "load_state_dict")
+        )
+        if saves and not loads:
+            raise TypeError(
+                f"the {owner} ({type(part).__name__}) overrides state_dict, but not load_state_dict: nothing of its "
+                "state would come back after a restart"
+            )
 
 
 def load_model(model: Model, state: dict[str, Any], path: Path) -> None:

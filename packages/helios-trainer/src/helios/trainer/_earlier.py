@@ -139,7 +139,7 @@ class EarlierResumption(Resumption):
         )
 
     def _restore_own(self, model: Model, is_over: bool) -> None:
-        restore_gradients(model, {})
+        restore_gradients(model, {}, {})
 
 
 def targets_of(checkpoint: Mapping[str, Any]) -> LogTargets:

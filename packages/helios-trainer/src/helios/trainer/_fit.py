@@ -10,7 +10,7 @@ from helios.core.rng import seed_rngs
 from helios.data import DataModule, ResumableDataLoader
 from helios.trainer._banner import banner, summary
 from helios.trainer._bars import ProgressBars
-from helios.trainer._checkpoint import Resumption
+from helios.trainer._checkpoint import Resumption, check_pairs
 from helios.trainer._execution import Execution, cudnn_benchmark, deterministic_kernels, on_device
 from helios.trainer._find import find_resumption
 from helios.trainer._hooks import Hooks, length_of
@@ -21,7 +21,7 @@ from helios.trainer._saver import CheckpointSaver
 from helios.trainer._scalars import logging_scalars
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._start_note import Start, StartNote
-from helios.trainer._stop_request import StopRequest, listening_to_signals
+from helios.trainer._stop_request import StopRequest, hearing_of_workers, listening_to_signals
 from helios.trainer._trained import Trained
 from helios.trainer._training_state import TrainingState, TrainingUnit
 from helios.trainer.logging import LogTargets, RunLoggers, choose_targets, get_root_logger
@@ -52,6 +52,8 @@ class FitRun:
         stop_request: StopRequest,
     ) -> None:
         settings.check_accepted(plugins)
+        if settings.chkpt_root is not None or settings.dry_run is not None:
+            check_pairs(model, plugins)
         self._settings = settings
         self._execution = execution
         self._model = model
@@ -75,6 +77,7 @@ class FitRun:
         seed_rngs(settings.random_seed)
         with ExitStack() as stack:
             stack.enter_context(on_device(self._execution.device))
+            stack.enter_context(hearing_of_workers())
             if settings.save_root is not None:  # else there is nothing to do before the process ends
                 stack.enter_context(listening_to_signals(self._stop_request))
             self._loggers = RunLoggers(capture_warnings=settings.capture_warnings)
@@ -171,9 +174,11 @@ class FitRun:
         self._train_loader, valid_loader = self._load_data()
         for plugin in self._plugins.values():
             plugin.configure_loaders(self._train_loader, valid_loader)
+        model._running_losses.clear()  # of an earlier `fit`
         self._set_up()
         if resumption is not None:
             resumption.restore_objects(model, self._plugins)
+            resumption.say_what_differs(settings, self._train_loader)
             resumption.restore_loader(self._train_loader)
         self._hooks = Hooks(model, self._plugins)
         self._hooks.training_start()
@@ -237,7 +242,13 @@ class FitRun:
         train_loader = checked_loader(datamodule, "train", datamodule.train_dataloader())
         if self._settings.valid_frequency is None:
             return train_loader, None
-        return train_loader, checked_loader(datamodule, "valid", datamodule.valid_dataloader())
+        valid_loader = checked_loader(datamodule, "valid", datamodule.valid_dataloader())
+        if valid_loader is train_loader:
+            raise ValueError(
+                f"{type(datamodule).__name__} has one loader for training and validation, which a validation would "
+                "wind on: make two"
+            )
+        return train_loader, valid_loader
 
 
 def _origin(resumption: Resumption | None) -> str | None:

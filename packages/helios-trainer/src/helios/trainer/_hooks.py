@@ -8,7 +8,7 @@ from typing import Any
 from helios.data import ResumableDataLoader
 from helios.trainer._model import Model
 from helios.trainer._plugin import Plugin, PluginRegistry, is_overridden
-from helios.trainer._stop_request import StopRequest
+from helios.trainer._stop_request import StopRequest, quiet_workers
 from helios.trainer._training_state import TrainingState
 from helios.trainer.logging import get_root_logger
 
@@ -126,7 +126,10 @@ def _received(loader: ResumableDataLoader, stop_request: StopRequest) -> Generat
     job), and they died of it. New ones fetch what is left of the iteration or the validation in progress.
     """
     try:
-        yield from loader
+        batches = iter(loader)
+        yield from islice(batches, 1)
+        quiet_workers()  # that there are since the first batch
+        yield from batches
     except Exception as error:
         if not stop_request.is_made:
             raise

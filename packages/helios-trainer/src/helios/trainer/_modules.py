@@ -1,6 +1,7 @@
 """The networks of a user's model, found by looking, and what hangs on them."""
 
 from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -40,55 +41,122 @@ def gradients_of(owner: object) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in _named_parameters(owner) if p.grad is not None}
 
 
-def restore_gradients(owner: object, gradients: Mapping[str, torch.Tensor]) -> None:
+def restore_gradients(
+    owner: object, gradients: Mapping[str, torch.Tensor], aliases: Mapping[str, list[str]]
+) -> None:
     """Give the parameters the gradients that `gradients_of` found, and no others.
+
+    Args:
+        owner: whose parameters.
+        gradients: what `gradients_of` returned.
+        aliases: what `aliases_of` returned then.
 
     Raises:
         ValueError: there is a gradient of a parameter that does not exist.
     """
-    parameters = dict(_named_parameters(owner))
-    unknown = sorted(set(gradients) - set(parameters))
-    if unknown:
-        raise ValueError(
-            f"the checkpoint has a gradient of {unknown[0]}, which the model lacks after its setup"
-        )
-    for name, parameter in parameters.items():
-        gradient = gradients.get(name)
+    parameters = _parameters_by_name(owner)
+    of = {
+        id(_found("a gradient", name, aliases, parameters)): gradient for name, gradient in gradients.items()
+    }
+    for _, parameter in _named_parameters(owner):
+        gradient = of.get(id(parameter))
         parameter.grad = None if gradient is None else gradient.to(parameter.device)
 
 
 def modes_of(owner: object) -> dict[str, list[str]]:
     """Return which modules evaluate and which parameters are frozen: what hooks set and no state_dict has."""
+    first_names = {id(module): name for name, module in reversed(_modules_by_name(owner).items())}
     return {
-        "evaluating": [name for name, module in _named_modules(owner) if not module.training],
+        "evaluating": [
+            name
+            for name, module in _modules_by_name(owner).items()
+            if not module.training and first_names[id(module)] == name
+        ],
         "frozen": [name for name, p in _named_parameters(owner) if not p.requires_grad],
     }
 
 
-def restore_training_modes(owner: object, modes: Mapping[str, list[str]]) -> None:
-    """Let the modules evaluate that did, and train the others."""
-    evaluating = set(modes["evaluating"])
-    for name, module in _named_modules(owner):
-        module.training = name not in evaluating
+def aliases_of(owner: object) -> dict[str, list[str]]:
+    """Return the other names of each parameter and module that has several, by its first.
+
+    A network may be an attribute of its own besides: then its parameters have two names, of which a new process may
+    know one alone, since the attribute is set in a later epoch.
+    """
+    names: dict[int, list[str]] = {}
+    for by_name in (_parameters_by_name(owner), _modules_by_name(owner)):
+        for name, part in by_name.items():
+            names.setdefault(id(part), []).append(name)
+    return {first: others for first, *others in names.values() if others}
 
 
-def restore_frozen(owner: object, modes: Mapping[str, list[str]]) -> None:
-    """Freeze the parameters that were frozen, and no others."""
-    frozen = set(modes["frozen"])
-    for name, parameter in _named_parameters(owner):
-        if parameter.requires_grad is (name in frozen):
-            parameter.requires_grad_(name not in frozen)
+def restore_training_modes(
+    owner: object, modes: Mapping[str, list[str]], aliases: Mapping[str, list[str]]
+) -> None:
+    """Let the modules evaluate that did, and train the others.
+
+    Raises:
+        ValueError: one that did does not exist.
+    """
+    modules = _modules_by_name(owner)
+    evaluating = {id(_found("an evaluating module", name, aliases, modules)) for name in modes["evaluating"]}
+    for module in modules.values():
+        module.training = id(module) not in evaluating
 
 
-def _named_modules(owner: object) -> Iterator[tuple[str, nn.Module]]:
-    for prefix, network in named_networks(owner):
-        yield from network.named_modules(prefix=prefix)
+def restore_frozen(owner: object, modes: Mapping[str, list[str]], aliases: Mapping[str, list[str]]) -> None:
+    """Freeze the parameters that were frozen, and no others.
+
+    Raises:
+        ValueError: one that was does not exist.
+    """
+    parameters = _parameters_by_name(owner)
+    frozen = {id(_found("a frozen parameter", name, aliases, parameters)) for name in modes["frozen"]}
+    for _, parameter in _named_parameters(owner):
+        if parameter.requires_grad is (id(parameter) in frozen):
+            parameter.requires_grad_(id(parameter) not in frozen)
+
+
+_Part = TypeVar("_Part")
+
+
+def _found(what: str, name: str, aliases: Mapping[str, list[str]], by_name: Mapping[str, _Part]) -> _Part:
+    """Return what had this name, or another one, in the process that wrote a checkpoint."""
+    names = [name, *aliases.get(name, ())]
+    found = {id(by_name[each]): by_name[each] for each in names if each in by_name}
+    if len(found) != 1:
+        problem = "lacks after its setup" if not found else "has several of after its setup"
+        raise ValueError(
+            f"the checkpoint has {what} {' = '.join(names)}, which the model {problem}: let setup make what the "
+            "checkpoint was written with"
+        )
+    return next(iter(found.values()))
+
+
+def _modules_by_name(owner: object) -> dict[str, nn.Module]:
+    """Return the modules under every name that they have."""
+    return {
+        name: module
+        for prefix, network in named_networks(owner)
+        for name, module in network.named_modules(prefix=prefix, remove_duplicate=False)
+    }
+
+
+def _parameters_by_name(owner: object) -> dict[str, torch.Tensor]:
+    """Return the parameters under every name that they have, and those that only an optimizer has."""
+    everywhere: dict[str, torch.Tensor] = {
+        name: parameter
+        for prefix, network in named_networks(owner)
+        for name, parameter in network.named_parameters(prefix, remove_duplicate=False)
+    }
+    return {**everywhere, **dict(_named_parameters(owner))}
 
 
 def _named_parameters(owner: object) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield each parameter once: those of the networks, and those that only an optimizer has."""
     seen: set[int] = set()
-    for prefix, part in _parts_of(owner):
+    parts = list(_parts_of(owner))
+    # Networks first: what an optimizer is made of may change in a run, and with it what its place is.
+    for prefix, part in sorted(parts, key=lambda named: isinstance(named[1], Optimizer)):
         for name, parameter in _parameters_in(prefix, part):
             if id(parameter) not in seen:
                 seen.add(id(parameter))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from helios.chkpt import CheckpointName, CheckpointStore, check_state, format_name
+from helios.core.rng import preserve_rng_state
 from helios.data import ResumableDataLoader
 from helios.trainer._checkpoint import build_checkpoint, metadata_of
 from helios.trainer._loop import Cut, StopReason
@@ -71,9 +72,12 @@ class CheckpointSaver:
         """
         if self._store is None and self._settings.dry_run is None:
             return
+        # What hooks draw for a checkpoint must not matter: a run that is asked to stop has one more.
+        with preserve_rng_state():
+            self._save(cut, stop)
+
+    def _save(self, cut: Cut, stop: StopReason | None) -> None:
         state, model = self._state, self._model
-        name = CheckpointName(self._name, state.global_epoch, state.global_iteration)
-        metadata = metadata_of(model, format_name(name).removesuffix(".pth"))
         if model._scalar_log is not None:
             model._scalar_log.flush()
         checkpoint = build_checkpoint(
@@ -87,6 +91,8 @@ class CheckpointSaver:
             targets=self._loggers.targets,
             event_sizes=self._loggers.event_sizes(),
         )
+        name = CheckpointName(self._name, state.global_epoch, state.global_iteration)
+        metadata = metadata_of(model, format_name(name).removesuffix(".pth"))
         if not checkpoint["model"] and self.last is None and any(named_networks(model)):
             get_root_logger().warning(
                 "%s.state_dict() is empty, though the model has networks: they are not saved, and a restart will "
@@ -97,6 +103,8 @@ class CheckpointSaver:
             check_state(checkpoint)
         else:
             is_last = stop is not None or self._stop_request.is_made
+            if is_last and self._settings.save_root is not None:
+                self._settings.save_root.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
             self._write(self._store, checkpoint, dataclasses.replace(name, metadata=metadata), is_last)
 
     def _write(

@@ -158,6 +158,14 @@ class TrainerSettings:
             if name not in known:
                 raise ValueError(f"accept_on_resume can have {', '.join(known)}; found {name!r}")
 
+    def noted(self) -> dict[str, Any]:
+        """Return the settings that a resumed run may change, though it becomes another run by it."""
+        return {
+            "valid_frequency": self.valid_frequency,
+            "early_stop_cycles": self.early_stop_cycles,
+            "enable_deterministic": self.enable_deterministic,
+        }
+
     def decisive(self) -> dict[str, Any]:
         """Return the settings that a resumed run must share with the run it continues."""
         return {

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -28,6 +29,7 @@ class StopRequest:
 
     def make(self, received: signal.Signals | None = None) -> None:
         """Ask."""
+        quiet_workers()
         self.is_made, self.signal = True, received
 
     def withdraw(self) -> None:
@@ -38,9 +40,75 @@ class StopRequest:
         return "request_stop()" if self.signal is None else self.signal.name
 
 
-def _do_nothing(number: int, frame: FrameType | None) -> None:
-    # For SIGCHLD. With SIG_DFL in its place Python prints an error if it was on its way already.
-    pass
+class _Deaf:
+    """A handler that does nothing. With SIG_DFL in its place Python prints an error if a signal was on its way."""
+
+    def __init__(self, instead_of: Any) -> None:
+        self.instead_of = instead_of
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        pass
+
+
+def quiet_workers() -> None:
+    """Have the death of a loader's worker noticed when a batch is waited for, not before; call it once there are some.
+
+    A signal to all processes of a job kills the workers. When it hears of that by SIGCHLD, torch raises an error in
+    the middle of whatever the main thread does, a hook or the saving of a checkpoint. Whoever waits for a batch notices
+    too, within seconds.
+    """
+    if threading.current_thread() is threading.main_thread():
+        handler = signal.getsignal(signal.SIGCHLD)
+        if (getattr(handler, "__module__", None) or "").startswith("torch."):
+            signal.signal(signal.SIGCHLD, _Deaf(handler))
+
+
+@contextmanager
+def hearing_of_workers() -> Iterator[None]:
+    """Undo `quiet_workers` at the end."""
+    try:
+        yield
+    finally:
+        handler = signal.getsignal(signal.SIGCHLD)
+        if isinstance(handler, _Deaf) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler.instead_of)
+
+
+class _Children:
+    """Gives forked children the SIGTERM back that they would have without us: whoever terminates them must succeed.
+
+    That cannot be left to a handler. Python forgets a signal that comes before the child has begun, so it is held back
+    until the handler is the old one.
+
+    Attributes:
+        sigterm: the old handler, while there is another.
+    """
+
+    def __init__(self) -> None:
+        self.sigterm: Any = None
+        self._of_thread = threading.local()
+        os.register_at_fork(before=self._before, after_in_child=self._in_child, after_in_parent=self._after)
+
+    def _before(self) -> None:
+        self._of_thread.mask = None
+        if self.sigterm is not None:
+            self._of_thread.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def _in_child(self) -> None:
+        if self._of_thread.mask is not None:
+            signal.signal(signal.SIGTERM, self.sigterm)
+            self.sigterm = None
+        self._after()
+
+    def _after(self) -> None:
+        if self._of_thread.mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._of_thread.mask)
+
+
+@cache
+def _children() -> _Children:
+    # One for the process: what is registered for forks stays so.
+    return _Children()
 
 
 @contextmanager
@@ -55,25 +123,21 @@ def listening_to_signals(request: StopRequest) -> Iterator[None]:
         return
     process_id = os.getpid()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    before: dict[signal.Signals, Any] = {
-        number: handler for number, handler in handlers.items() if handler in _DEFAULTS
-    }
+    before = {number: handler for number, handler in handlers.items() if handler in _DEFAULTS}
 
     def put_back() -> None:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is on_signal:  # else somebody has another one since
+                signal.signal(number, handler)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != process_id:  # a loader's worker: Ctrl-C and `kill -TERM -group` reach it too
-            return
-        if request.is_made:
+        if os.getpid() != process_id:
+            return  # a forked child, such as a loader's worker: Ctrl-C reaches it too, and we decide what it means
+        if request.signal is not None:
             put_back()
             signal.raise_signal(number)
             return
         request.make(signal.Signals(number))
-        # The loader's workers may get the signal too. For that, torch raises an error in the middle of whatever the
-        # main thread does, when it hears of their death by SIGCHLD. It must hear of it when it waits for a batch.
-        before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, _do_nothing))
         # Not through a logger: the signal may have come in the middle of its writing.
         with contextlib.suppress(OSError):  # nobody reads it
             os.write(
@@ -82,7 +146,10 @@ def listening_to_signals(request: StopRequest) -> Iterator[None]:
 
     for number in before:
         signal.signal(number, on_signal)
+    if signal.SIGTERM in before:
+        _children().sigterm = before[signal.SIGTERM]
     try:
         yield
     finally:
+        _children().sigterm = None
         put_back()

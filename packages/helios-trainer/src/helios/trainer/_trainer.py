@@ -65,7 +65,7 @@ class Trainer:
         rank: number of this process in the run.
         local_rank: number of this process on its machine.
         gpu_ids: the CUDA devices of the run.
-        stopped_by: the signal that stopped the last `fit`, if one did.
+        stopped_by: the signal that asked the last `fit` to stop, if one did; also if it came when all was done.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -150,8 +150,7 @@ class Trainer:
         self._stop_request.withdraw()
         _call(lambda: self._fit(model, datamodule), "training", self.train_exceptions)
         assert self._trained is not None
-        if not self._trained.is_finished:
-            self.stopped_by = self._stop_request.signal
+        self.stopped_by = self._stop_request.signal
         return self._trained.is_finished
 
     def request_stop(self) -> None:
