@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -129,7 +130,7 @@ def test_one_checkpoint_more_changes_nothing(kit, tmp_path):
         pass
 
     def fit(root, frequency, stop_at=None):
-        model = Net(stop=lambda m: m.state.global_iteration == stop_at and m.trainer.request_stop())
+        model = Net(stop=lambda m: m.state.global_iteration == stop_at and bool(m.trainer.request_stop()))
         trainer = kit.trainer(kit.ITERATION, 8, chkpt_root=root, chkpt_frequency=frequency)
         return trainer.fit(model, kit.Data()) and kit.end_of(model)
 
@@ -313,3 +314,122 @@ def test_one_loader_for_training_and_validation_is_refused(kit):
 
     with pytest.raises(RuntimeError, match="Same has one loader for training and validation"):
         kit.trainer(valid_frequency=1).fit(kit.Net(), Same())
+
+
+def test_a_stop_before_there_is_a_score_for_the_name(kit, tmp_path, capsys):
+    class Scoring(kit.Net):
+        def append_metadata_to_chkpt_name(self, chkpt_name):
+            return f"sum_{round(self._val_scores['sum'].item(), 4)}"
+
+    def fit(root, stop_at=None):
+        model = Scoring(stop=lambda m: m.state.global_iteration == stop_at and bool(m.trainer.request_stop()))
+        trainer = kit.trainer(chkpt_root=root, chkpt_frequency=1, valid_frequency=1)
+        return trainer.fit(model, kit.Data()) and kit.end_of(model)
+
+    whole = fit(tmp_path / "whole")
+    assert fit(tmp_path / "two", 2) is False
+    assert "append_metadata_to_chkpt_name failed" in capsys.readouterr().out
+    assert (tmp_path / "two" / "net_epoch_1_iter_2.pth").exists()
+    assert fit(tmp_path / "two") == whole
+    with pytest.raises(RuntimeError, match="KeyError: 'sum'"):  # control: one that is due must have its name
+        kit.trainer(chkpt_root=tmp_path / "x", chkpt_frequency=1).fit(Scoring(), kit.Data())
+
+
+def test_a_signal_after_a_request_is_the_first(kit, tmp_path):
+    def ask(model):
+        if model.state.global_iteration == 2:
+            model.trainer.request_stop()
+            signal.raise_signal(signal.SIGTERM)
+        return False
+
+    trainer = kit.trainer(chkpt_root=tmp_path, chkpt_frequency=1)
+    assert not trainer.fit(kit.Net(stop=ask), kit.Data())
+    assert trainer.stopped_by is signal.SIGTERM
+
+
+def test_damaged_checkpoints_are_not_replaced(kit, tmp_path):
+    options = {"chkpt_root": tmp_path, "chkpt_frequency": 1, "keep_last": 1, "total_steps": 3}
+    kit.trainer(**options).fit(kit.Net(), kit.Data())
+    (path,) = tmp_path.glob("*.pth")
+    good = path.read_bytes()
+    path.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
+    with pytest.raises(RuntimeError, match=r"run net has 1 checkpoints in .*, and none is good"):
+        kit.trainer(**options).fit(kit.Net(), kit.Data())
+    path.write_bytes(good)
+    assert kit.trainer(**options).fit(kit.Net(), kit.Data())
+
+
+@pytest.mark.parametrize("run", ["fit", "test"])
+def test_a_teardown_that_fails_hides_no_other_error(kit, run):
+    class Failing(kit.Data):
+        def teardown(self):
+            raise KeyError("teardown")
+
+    trainer = kit.trainer()
+    with pytest.raises(kit.AbortError) as caught:
+        getattr(trainer, run)(kit.Net(abort_at=5), Failing())
+    assert caught.value.__notes__ == ["Besides, teardown failed: KeyError: 'teardown'"]
+    with pytest.raises(RuntimeError, match="KeyError: 'teardown'"):
+        getattr(trainer, run)(kit.Net(), Failing())
+
+
+def test_all_is_seeded_before_plugins_configure_the_trainer(kit):
+    drawn = []
+
+    class Early(Plugin):
+        def configure_trainer(self, trainer):
+            drawn.append([torch.rand(()).item(), random.random()])
+
+    for _ in range(2):
+        trainer = kit.trainer()
+        trainer.plugins.append(Early("early"))
+        trainer.fit(kit.Net(), kit.Data())
+    assert drawn[0] == drawn[1]
+
+
+def test_a_plugin_whose_configuration_failed_is_configured_again(kit):
+    class Once(Plugin):
+        calls = 0
+
+        def configure_trainer(self, trainer):
+            self.calls += 1
+            if self.calls == 1:
+                raise OSError("first")
+
+    trainer = kit.trainer()
+    trainer.plugins.append(once := Once("once"))
+    with pytest.raises(RuntimeError, match="OSError: first"):
+        trainer.fit(kit.Net(), kit.Data())
+    assert trainer.fit(kit.Net(), kit.Data())
+    assert once.calls == 2
+
+
+@pytest.mark.parametrize("answer", [None, (), "no", torch.ones(2), 1])
+@pytest.mark.parametrize("hook", ["have_metrics_improved", "should_training_stop"])
+def test_answers_that_are_neither_yes_nor_no(kit, hook, answer):
+    model = type("Answering", (kit.Net,), {hook: lambda self: answer})()
+    with pytest.raises(RuntimeError, match=rf"TypeError: {hook} must return True or False, found "):
+        kit.trainer(valid_frequency=1, early_stop_cycles=2).fit(model, kit.Data())
+
+
+@pytest.mark.parametrize("answer", [np.bool_(True), torch.tensor(True), torch.tensor([1.0]), True])
+def test_answers_that_are_yes(kit, answer):
+    model = type("Answering", (kit.Net,), {"should_training_stop": lambda self: answer})()
+    kit.trainer().fit(model, kit.Data())
+    assert len(model.batches) == 1
+
+
+def test_a_banner_that_is_no_text(kit):
+    model = type("Silent", (kit.Net,), {"append_to_banner": lambda self, banner: None})()
+    with pytest.raises(RuntimeError, match="append_to_banner must return a str, found NoneType None"):
+        kit.trainer(print_banner=True).fit(model, kit.Data())
+
+
+def test_attributes_that_hold_themselves(kit, tmp_path):
+    class Tree(kit.Net):
+        def setup(self, fast_init=False):
+            super().setup()
+            self.root = {"child": {}, "nets": [self.net]}
+            self.root["child"]["parent"] = self.root
+
+    assert kit.trainer(chkpt_root=tmp_path, chkpt_frequency=1).fit(Tree(), kit.Data())

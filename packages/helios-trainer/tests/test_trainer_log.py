@@ -1,5 +1,6 @@
 """Model.log: each scalar once, in TensorBoard and on the bar, and nobody waits for a device."""
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -82,9 +83,11 @@ def test_outside_a_run_and_without_tensorboard_it_does_nothing(kit):
 @pytest.mark.parametrize(
     ("value", "kind", "message"),
     [
-        ("x", TypeError, "log takes a number .* found str for 'loss'"),
+        ("x", TypeError, r"log takes a number .* found str for 'loss'"),
+        (torch.tensor(1j), TypeError, "found complex"),
+        (np.ones(3), ValueError, r"found the shape \(3,\) for 'loss'"),
         (None, TypeError, "found NoneType"),
-        (torch.ones(2), ValueError, r"found a tensor of shape \(2,\) for 'loss'"),
+        (torch.ones(2), ValueError, r"found the shape \(2,\) for 'loss'"),
     ],
 )
 def test_wrong_values(value, kind, message):
@@ -108,9 +111,17 @@ def test_what_is_on_the_cpu_is_written_at_once():
     tensor = torch.tensor([2.5], requires_grad=True)
     log.add("a", tensor, None)
     log.add("b", 3, 1)
-    log.add("c", torch.tensor(True), 2)
-    assert writer.rows == [("a", 2.5, 7), ("b", 3.0, 1), ("c", 1.0, 2)]
-    assert log.shown == {"a": 2.5, "b": 3.0, "c": 1.0}
+    log.add("c", torch.tensor(True), np.int64(2))
+    for number in (np.float32(4), np.array(4), np.array([4.0]), np.int64(4)):
+        log.add("d", number, 3)
+    assert writer.rows == [("a", 2.5, 7), ("b", 3.0, 1), ("c", 1.0, 2), *[("d", 4.0, 3)] * 4]
+    assert log.shown == {"a": 2.5, "b": 3.0, "c": 1.0, "d": 4.0}
+
+
+@pytest.mark.parametrize(("name", "step"), [(1, None), ("loss", "x"), ("loss", 1.5)])
+def test_wrong_names_and_steps(name, step):
+    with pytest.raises(TypeError, match="log takes a name, a number and an int as step"):
+        ScalarLog(None, TrainingState()).add(name, 1.0, step)
 
 
 WAITING_OPS = {"aten::_local_scalar_dense", "aten::_to_copy", "aten::item", "aten::copy_", "aten::is_nonzero"}

@@ -297,6 +297,7 @@ def load_model(model: Model, state: dict[str, Any], path: Path) -> None:
     except Exception as error:
         own, there = set(_names_in(model.state_dict())), set(_names_in(state))
         if own == there:
+            get_root_logger().error("%s could not be loaded into %s", path, type(model).__name__)
             raise
         parts = [
             f"{what}: {_shortened(sorted(names))}"

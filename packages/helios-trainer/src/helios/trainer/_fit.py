@@ -92,7 +92,7 @@ class FitRun:
             if settings.save_root is not None:
                 store = CheckpointStore(settings.save_root, self._name, keep_last=settings.keep_last)
                 self._store = stack.enter_context(store)
-            stack.callback(self._datamodule.teardown)
+            stack.enter_context(torn_down(self._datamodule))
             stack.enter_context(logging_scalars(self._model, self._state))
             stack.enter_context(deterministic_kernels(settings.enable_deterministic))
             return self._train(resumption, stack)
@@ -170,7 +170,12 @@ class FitRun:
         if settings.print_banner:
             path = None if resumption is None else resumption.path
             text = banner(self._name, settings, self._execution, path)
-            get_root_logger().info("%s", model.append_to_banner(text))
+            appended = model.append_to_banner(text)
+            if not isinstance(appended, str):
+                raise TypeError(
+                    f"append_to_banner must return a str, found {type(appended).__name__} {appended!r}"
+                )
+            get_root_logger().info("%s", appended)
         self._train_loader, valid_loader = self._load_data()
         for plugin in self._plugins.values():
             plugin.configure_loaders(self._train_loader, valid_loader)
@@ -275,6 +280,21 @@ def checked_loader(datamodule: DataModule, split: str, loader: Any) -> Resumable
             f"{loader.batch_size}"
         )
     return loader
+
+
+@contextmanager
+def torn_down(datamodule: DataModule) -> Iterator[None]:
+    """Let the data go at the end. An exception that ended the run is not hidden by another one of `teardown`."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            datamodule.teardown()
+        except Exception as other:
+            error.add_note(f"Besides, teardown failed: {type(other).__name__}: {other}")
+            get_root_logger().error("teardown failed besides: %s", other, exc_info=other)
+        raise
+    datamodule.teardown()
 
 
 @contextmanager

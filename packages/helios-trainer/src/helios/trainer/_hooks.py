@@ -5,6 +5,9 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+import numpy as np
+import torch
+
 from helios.data import ResumableDataLoader
 from helios.trainer._model import Model
 from helios.trainer._plugin import Plugin, PluginRegistry, is_overridden
@@ -53,9 +56,13 @@ class Hooks:
 
     def should_stop(self) -> bool:
         """Whether a plug-in or the model wants training to stop."""
-        if self._stopper is not None and self._stopper.should_training_stop():
+        if self._stopper is not None and checked_answer(self._stopper.should_training_stop()):
             return True
-        return self.model.should_training_stop()
+        return checked_answer(self.model.should_training_stop())
+
+    def have_metrics_improved(self) -> bool:
+        """Whether the model says after a validation that its metrics improved."""
+        return checked_answer(self.model.have_metrics_improved(), "have_metrics_improved")
 
     def training_end(self) -> None:
         """Training has ended."""
@@ -107,6 +114,21 @@ class Hooks:
         for plugin in self._plugins:
             plugin.on_testing_end()
         self.model.on_testing_end()
+
+
+def checked_answer(answer: Any, hook: str = "should_training_stop") -> bool:
+    """Return what a hook answered, if it is yes or no.
+
+    Raises:
+        TypeError: it is something else: None, most likely, for a return that is missing.
+    """
+    if answer is True or answer is False:
+        return answer
+    if isinstance(answer, np.bool_) or (isinstance(answer, torch.Tensor) and answer.numel() == 1):
+        return bool(answer)
+    raise TypeError(
+        f"{hook} must return True or False, found {type(answer).__name__} {answer!r}: is a return missing?"
+    )
 
 
 @contextmanager

@@ -263,7 +263,7 @@ class TrainingLoop:
             return None
         cycles, state = self._settings.early_stop_cycles, self._state
         if not is_counted:
-            improved = self._hooks.model.have_metrics_improved()
+            improved = self._hooks.have_metrics_improved()
             if cycles is not None:
                 state.early_stop_count = 0 if improved else state.early_stop_count + 1
         if cycles is not None and state.early_stop_count >= cycles:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-_MAY_HAVE_PARTS = (nn.Module, Optimizer, Mapping, list, tuple)
+_MAY_HAVE_PARTS = (nn.Module, Optimizer, dict, list, tuple)
 
 
 def named_networks(owner: object) -> Iterator[tuple[str, nn.Module]]:
@@ -19,16 +19,19 @@ def named_networks(owner: object) -> Iterator[tuple[str, nn.Module]]:
 
 def _parts_of(owner: object) -> Iterator[tuple[str, nn.Module | Optimizer]]:
     for name, value in vars(owner).items():
-        yield from _parts_in(name, value)
+        yield from _parts_in(name, value, [])
 
 
-def _parts_in(name: str, value: object) -> Iterator[tuple[str, nn.Module | Optimizer]]:
+def _parts_in(name: str, value: object, inside: list[int]) -> Iterator[tuple[str, nn.Module | Optimizer]]:
+    """Yield the parts in a value; `inside` are the ids of the containers that it is in, for one may hold itself."""
     if isinstance(value, nn.Module | Optimizer):
         yield name, value
-    elif isinstance(value, Mapping | list | tuple):
-        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+    elif isinstance(value, dict | list | tuple) and id(value) not in inside:
+        inside.append(id(value))
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(item, _MAY_HAVE_PARTS):  # a history of numbers may be long
-                yield from _parts_in(f"{name}.{key}", item)
+                yield from _parts_in(f"{name}.{key}", item, inside)
+        inside.pop()
 
 
 def gradients_of(owner: object) -> dict[str, torch.Tensor]:

@@ -92,7 +92,7 @@ class CheckpointSaver:
             event_sizes=self._loggers.event_sizes(),
         )
         name = CheckpointName(self._name, state.global_epoch, state.global_iteration)
-        metadata = metadata_of(model, format_name(name).removesuffix(".pth"))
+        metadata = self._metadata(format_name(name).removesuffix(".pth"), is_due=stop is not None)
         if not checkpoint["model"] and self.last is None and any(named_networks(model)):
             get_root_logger().warning(
                 "%s.state_dict() is empty, though the model has networks: they are not saved, and a restart will "
@@ -106,6 +106,18 @@ class CheckpointSaver:
             if is_last and self._settings.save_root is not None:
                 self._settings.save_root.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
             self._write(self._store, checkpoint, dataclasses.replace(name, metadata=metadata), is_last)
+
+    def _metadata(self, name: str, is_due: bool) -> str:
+        try:
+            return metadata_of(self._model, name)
+        except Exception:
+            if is_due or not self._stop_request.is_made:
+                raise
+            # Nobody expected a checkpoint here, before a score is there, for example.
+            get_root_logger().warning(
+                "append_metadata_to_chkpt_name failed, the checkpoint gets none", exc_info=True
+            )
+            return ""
 
     def _write(
         self, store: CheckpointStore, checkpoint: dict[str, Any], name: CheckpointName, is_last: bool

@@ -1,11 +1,14 @@
 """What `Model.log` was given: scalars on their way to TensorBoard and to the progress bar."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from helios.trainer._training_state import TrainingState
@@ -57,23 +60,24 @@ class ScalarLog:
             ValueError: it is a tensor of more than one.
         """
         at = self._state.global_iteration if step is None else step
-        if isinstance(value, torch.Tensor):
-            if value.numel() != 1:
-                raise ValueError(
-                    f"log takes one number, found a tensor of shape {tuple(value.shape)} for {name!r}"
-                )
-            if value.device.type != "cpu":
-                # A copy, since the next batch may write into it.
-                self._waiting.append(_Waiting(name, value.detach().reshape(()).clone(), at, time.time()))
-                if len(self._waiting) >= _MAX_WAITING:
-                    self.flush()
-                return
-            value = value.detach()
-        elif not isinstance(value, int | float):
+        if not isinstance(name, str) or not isinstance(at, Integral):
+            raise TypeError(f"log takes a name, a number and an int as step, found {name!r}, ..., {step!r}")
+        if isinstance(value, torch.Tensor | np.ndarray):
+            if math.prod(value.shape) != 1:
+                raise ValueError(f"log takes one number, found the shape {tuple(value.shape)} for {name!r}")
+            value = value.detach() if isinstance(value, torch.Tensor) else value.item()
+        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+            # A copy, since the next batch may write into it.
+            self._waiting.append(_Waiting(name, value.reshape(()).clone(), int(at), time.time()))
+            if len(self._waiting) >= _MAX_WAITING:
+                self.flush()
+            return
+        number = value.item() if isinstance(value, torch.Tensor | np.generic) else value
+        if not isinstance(number, Real):
             raise TypeError(
-                f"log takes a number or a tensor of one, found {type(value).__name__} for {name!r}"
+                f"log takes a number or a tensor of one, found {type(number).__name__} for {name!r}"
             )
-        self._write(name, float(value), at, None)
+        self._write(name, float(number), int(at), None)
 
     def flush(self) -> None:
         """Fetch what waits, in one copy for each device, and write it."""

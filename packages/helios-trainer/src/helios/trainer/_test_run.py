@@ -15,7 +15,7 @@ from helios.trainer._checkpoint import load_model
 from helios.trainer._earlier import is_earlier, targets_of
 from helios.trainer._execution import cudnn_benchmark, deterministic_kernels, on_device
 from helios.trainer._find import find_checkpoint
-from helios.trainer._fit import checked_loader, logged_exceptions
+from helios.trainer._fit import checked_loader, logged_exceptions, torn_down
 from helios.trainer._hooks import Hooks, batches_of, evaluate, length_of
 from helios.trainer._model import Model, restore_tables
 from helios.trainer._plugin import PluginRegistry
@@ -56,7 +56,7 @@ def run_test(
         loggers.open_log_file(choose_targets(name, *settings.log_folders, before))
         loggers.open_writer(_event_sizes(trained, found))
         stack.enter_context(logging_scalars(model, TrainingState()))
-        stack.callback(datamodule.teardown)
+        stack.enter_context(torn_down(datamodule))
         stack.enter_context(deterministic_kernels(settings.enable_deterministic))
         datamodule.prepare_data()
         datamodule.setup()

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from helios.core.rng import seed_rngs
 from helios.data import DataModule
 from helios.trainer._execution import select_execution
 from helios.trainer._fit import FitRun
@@ -209,11 +210,12 @@ class Trainer:
 
     def _introduce(self, model: Model, datamodule: DataModule) -> None:
         """Make those who work together known to each other."""
+        seed_rngs(self.settings.random_seed)  # before anything of the user's is called
         # Once each, although `test` may follow `fit`; and one may add others.
         while new := [p for p in self.plugins.values() if p not in self._configured]:
-            self._configured.append(new[0])
             new[0].trainer = self
             new[0].configure_trainer(self)
+            self._configured.append(new[0])
         model.trainer = datamodule.trainer = self
         model.device = self._execution.device
         model.rank = self._execution.rank

@@ -95,6 +95,6 @@ def is_end(row: Mapping[str, Any]) -> bool:
 def _object_in(line: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of a hostile file
         return None
     return value if isinstance(value, dict) else None
