@@ -3,9 +3,11 @@
 
 import itertools
 import logging
+import pickle
 import random
 import re
 import time
+from collections import deque
 from copy import deepcopy
 from pathlib import Path
 
@@ -261,7 +263,7 @@ def test_the_report_in_the_readme():
         ("generator", "generator", "self.generator.set_state(state['generator'].cpu())"),
         ("python", "python", "self.python.setstate(state['python'])"),
         ("numpy", "numpy", "self.numpy.bit_generator.state = state['numpy']"),
-        ("counts", "counts.seen", "self.counts.seen = state['counts.seen']"),
+        ("counts", "counts.seen", "self.counts = state['counts']"),
         ("best", "best", "self.best = state['best']"),
     ],
 )
@@ -435,7 +437,222 @@ def test_objects_of_the_user_in_lists_and_dicts(kept):
     assert ([] if report.is_exact else [report.difference.component]) == forgotten[:1]
     if forgotten:
         assert report.difference.cause == "not in Model.state_dict"
-        assert f"self.{forgotten[0]} = state[{forgotten[0]!r}]" in str(report)
+        target = f"self.stages[0]['meter']{forgotten[0].removeprefix('stages[0].meter')}"
+        assert f"{target} = state[{forgotten[0]!r}]" in str(report)
+
+
+def change_deep_array(value):
+    value["inner"][0]["array"] += 1
+
+
+def draw_of(generator):
+    generator.random()
+
+
+def average(tensors):
+    for number, tensor in enumerate(tensors):
+        tensor.mul_(0.5).add_(number + 1)
+
+
+# Of each kind of value: the first one, how a step changes it in place, and lines of the advice.
+KINDS = {
+    "array": (lambda: np.zeros(3), lambda a: np.add(a, 1, out=a), "torch.as_tensor(self.kept)", ".numpy()"),
+    "array of text": (
+        lambda: np.array(["a", "b"]),
+        lambda a: np.copyto(a, a[::-1].copy()),
+        ".tolist()",
+        "np.array(",
+    ),
+    "set": (set, lambda kept: kept.add(len(kept)), "sorted(self.kept)", "set(state['kept'])"),
+    "set of several types": (
+        lambda: {"a", None},
+        lambda kept: kept.add(len(kept)),
+        "sorted(self.kept, key=repr)",
+        "= set(",
+    ),
+    "deque": (
+        lambda: deque(maxlen=3),
+        lambda kept: kept.append(sum(kept) + 1),
+        "list(self.kept)",
+        "deque(state['kept'], maxlen=3)",
+    ),
+    "endless deque of tensors": (
+        deque,
+        lambda kept: kept.append(torch.full((2,), len(kept))),
+        "list(self.kept)",
+        "deque(state['kept'])",
+    ),
+    "tensors in a list": (
+        lambda: [torch.zeros(2), torch.zeros(3)],
+        average,
+        "'kept': self.kept,",
+        "self.kept = state['kept']",
+    ),
+    "tensors in a tuple": (
+        lambda: (torch.zeros(2), torch.zeros(3)),
+        average,
+        "'kept': self.kept,",
+        "self.kept = state['kept']",
+    ),
+    "tensors in a dict": (
+        lambda: {"a": [torch.zeros(2)]},
+        lambda kept: average(kept["a"]),
+        "'kept': self.kept,",
+        "= state['kept']",
+    ),
+    "an array deep in": (
+        lambda: {"inner": [{"array": np.zeros(2)}]},
+        change_deep_array,
+        "torch.as_tensor(self.kept['inner'][0]['array'])",
+        "self.kept['inner'][0]['array'] =",
+    ),
+    "legacy generator": (lambda: np.random.RandomState(1), draw_of, "get_state()", "pickle.loads("),
+    "Mersenne twister": (
+        lambda: np.random.Generator(np.random.MT19937(1)),
+        draw_of,
+        "bit_generator.state",
+        "pickle.loads(",
+    ),
+}
+
+
+def follow(model, advice):
+    """Return a class like the model that has the lines of the advice in it, as they are printed."""
+    lines = {line.split(":", 1)[0].strip(): line.split(":", 1)[1].strip() for line in advice[-2:]}
+    body = f"""
+class Everything(model):
+    def state_dict(self):
+        return {{**super().state_dict(), {lines["state_dict"]}}}
+
+    def load_state_dict(self, state, fast_init=False):
+        super().load_state_dict(state)
+        {lines["load_state_dict"]}
+"""
+    there = {"model": model, "np": np, "torch": torch, "deque": deque, "pickle": pickle}
+    exec(body, there)
+    return there["Everything"]
+
+
+def keeper(first, change):
+    def setup(self, fast_init=False):
+        Everything.setup(self)
+        self.kept = first()
+
+    def train_step(self, batch, state):
+        Everything.train_step(self, batch, state)
+        change(self.kept)
+
+    return variant(setup=setup, train_step=train_step)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_advice_can_be_followed(kind):
+    first, change, get, put = KINDS[kind]
+    model = keeper(first, change)
+    report = check_resume(trainer_maker(), model, Data, stop_at=5, raises=False)
+    lost = report.difference
+    assert (lost.component.startswith("kept"), lost.cause) == (True, "not in Model.state_dict")
+    advice = [line for line in lost.advice if line.startswith("    ")]
+    assert len(advice) == 2 and get in advice[0] and put in advice[1]
+    good = follow(model, advice)
+    assert check_resume(trainer_maker(), good, Data, stop_at=5).is_exact
+    # Half of it is told from nothing.
+    half = type("Everything", (good,), {"load_state_dict": Everything.load_state_dict})
+    assert difference(half).cause == "in Model.state_dict, but not put back by load_state_dict"
+
+
+def test_the_advice_for_a_bare_parameter_leaves_it_to_its_optimizer():
+    def setup(self, fast_init=False):
+        Everything.setup(self)
+        self.weights = [nn.Parameter(torch.ones(2))]
+        self.optimizer.add_param_group({"params": self.weights})
+
+    def train_step(self, batch, state):
+        self.weights[0].square().sum().backward()
+        Everything.train_step(self, batch, state)
+
+    model = variant(setup=setup, train_step=train_step)
+    lost = difference(model)
+    assert lost.component == "weights[0]"
+    assert "self.weights[0].data.copy_(state['weights[0]'])" in str(lost)
+    good = follow(model, [line for line in lost.advice if line.startswith("    ")])
+    assert check_resume(trainer_maker(), good, Data, stop_at=5).is_exact
+
+
+def test_the_advice_for_a_plain_attribute_of_a_module():
+    def setup(self, fast_init=False):
+        Everything.setup(self)
+        self.net[1].calls = 0
+
+    def train_step(self, batch, state):
+        Everything.train_step(self, batch, state)
+        self.net[1].calls += 1
+
+    model = variant(setup=setup, train_step=train_step)
+    lost = difference(model)
+    assert lost.component == "net.1.calls"
+    assert check_resume(trainer_maker(), follow(model, lost.advice), Data, stop_at=5).is_exact
+
+
+def test_what_alone_differs_may_be_ignored():
+    def count(kept):
+        kept["steps"] += 1
+
+    model = keeper(lambda: {"steps": 0}, count)
+    lost = difference(model)
+    assert 'check_resume(..., ignore=("kept",)).' in str(lost)
+    assert check_resume(trainer_maker(), model, Data, stop_at=5, ignore=("kept",)).is_exact
+
+    # Control: it is not said of what the weights depend on, nor of weights.
+    def train_step(self, batch, state):
+        self.kept["steps"] += 1
+        Everything.train_step(self, batch * self.kept["steps"], state)
+
+    lost = difference(type("Everything", (model,), {"train_step": train_step}))
+    assert lost.component == "kept.steps" and "net.0.weight" in lost.others
+    assert "ignore=" not in str(lost)
+    assert "ignore=" not in str(difference(variant(forgotten=("average",))))
+
+
+@pytest.mark.parametrize("forgotten", [(), ("net",)])
+def test_parameters_that_get_their_shape_from_the_first_batch(forgotten):
+    def setup(self, fast_init=False):
+        Everything.setup(self)
+        self.net = nn.Sequential(nn.LazyLinear(3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+        self.average = nn.Linear(1, 1)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.05)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 3, 0.5)
+
+    def train_step(self, batch, state):
+        loss = self.net(batch).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+
+    model = variant(setup=setup, train_step=train_step, forgotten=forgotten)
+    report = check_resume(trainer_maker(), model, Data, stop_at=5, raises=False)
+    assert report.is_exact is not bool(forgotten)
+    if forgotten:
+        assert report.difference.component == "net.0.weight"
+        assert report.difference.cause == "not in Model.state_dict"
+
+
+def test_state_in_the_datamodule_is_hinted_at():
+    class Levels(Data):
+        def __init__(self):
+            super().__init__()
+            self.level = 0
+            made.append(self)
+
+    made = []
+
+    def train_step(self, batch, state):
+        made[-1].level += 1  # a model has its datamodule from the script that makes both
+        Everything.train_step(self, batch + made[-1].level, state)
+
+    lost = difference(variant(train_step=train_step), data=Levels)
+    assert "in the DataModule" in str(lost)
 
 
 class Hidden:
@@ -462,6 +679,7 @@ def test_state_that_nobody_sees():
     lost = difference(variant(setup=setup, train_step=trained))
     assert (lost.step, lost.cause) == (6, "it was as at the checkpoint when the loop began")
     assert "in no attribute of the model" in str(lost)
+    assert "in the DataModule" in str(lost)
 
     def logged(self, batch, state):
         Everything.train_step(self, batch, state)

@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import suppress
 from typing import Any
 
@@ -49,7 +49,10 @@ def _is_seen_to_change(owner: Model | Plugin, part: Part) -> bool:
     before = _digests(owner.state_dict())
     if not _change(part):
         return False
-    return _digests(owner.state_dict()) != before
+    try:
+        return _digests(owner.state_dict()) != before
+    except Exception:  # a value such as it never has there: so its state_dict has looked at it
+        return True
 
 
 def _digests(state: Mapping[str, Any]) -> dict[str, bytes]:
@@ -93,6 +96,8 @@ def _other_value(value: Any) -> Any:
             if isinstance(value, tuple)
             else deque(longer)
         )
+    if isinstance(value, Set):
+        return type(value)(list(value)[1:] if value else [0])  # type: ignore[call-arg]
     if isinstance(value, bool):
         return not value
     if isinstance(value, np.generic):

@@ -107,7 +107,7 @@ _LOGGED_AGAIN = Cause(
     "though the model is the same",
     (
         "What was logged after the checkpoint is logged again by the run that goes on, and must be the same. Here it",
-        "depends on state that is in no attribute of the model and of the plug-ins.",
+        "depends on state that is in no attribute of the model and of the plug-ins: in the DataModule, for example.",
     ),
 )
 

@@ -1,15 +1,16 @@
 """Choosing which of the differences is the cause, and saying why it came about and what to do."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from helios.core.rng import preserve_host_rng_state, rekey_host_rngs
 from helios.trainer._model import Model
 from helios.trainer._plugin import Plugin, is_overridden
-from helios.trainer.testing._advice import how_to_keep
+from helios.trainer.testing._advice import how_to_keep, kept_whole
 from helios.trainer.testing._carried import find_part, is_carried
 from helios.trainer.testing._compare import LENGTH, Divergence, differing
 from helios.trainer.testing._leaf import Leaf, Snapshot, snapshot_of
@@ -115,7 +116,8 @@ def cause_in_resume(path: str, divergence: Divergence, resume: Resume) -> Cause:
     if _is_data(path, divergence):
         return _cause_in_data(path, recording, divergence)
     if path in resume.lost():
-        return _cause_of_loss(path, resume)
+        cause = _cause_of_loss(path, resume)
+        return replace(cause, advice=(*cause.advice, *_how_to_ignore(recording, divergence)))
     if recording.legacy_moved:
         return _legacy_cause(", ".join(sorted(recording.legacy_moved)))
     if path == LENGTH:
@@ -131,8 +133,9 @@ def cause_in_resume(path: str, divergence: Divergence, resume: Resume) -> Cause:
     return Cause(
         headline,
         (
-            "So it depends on state that is in no attribute of the model and of the plug-ins: a global variable, a",
-            "closure, an object with __slots__, a file. Keep it in an attribute, and in Model.state_dict.",
+            "So it depends on state that is in no attribute of the model and of the plug-ins: in the DataModule, a",
+            "global variable, a closure, an object with __slots__, a file. Keep it in an attribute of the model, and",
+            "in Model.state_dict.",
         ),
     )
 
@@ -161,6 +164,22 @@ def _cause_of_loss(path: str, resume: Resume) -> Cause:
         )
     advice = how_to_keep(part, prefix) if part is not None else ()
     return Cause(f"not in {kind}.state_dict", (values, *_in_class(name, advice)))
+
+
+def _how_to_ignore(recording: Recording, divergence: Divergence) -> tuple[str, ...]:
+    """Return how to leave out what differs, if that is plain attributes and nothing that may be trained."""
+    names: dict[str, None] = {}
+    for path in (*divergence.leaves, *divergence.effects):
+        owner, prefix = _owner_of(recording, path)
+        part = find_part(owner, path, prefix)
+        if part is None or part.owner is not None or isinstance(part.value, (torch.Tensor, *GENERATORS)):
+            return ()
+        names[kept_whole(part).path] = None
+    ignored = " ".join(f'"{name}",' for name in names)
+    return (
+        "Nothing that is trained differs by then. If it is only measured, and changes nothing, leave it out:",
+        f"check_resume(..., ignore=({ignored})).",
+    )
 
 
 def _how_it_changed(at_save: Leaf | None, later: Leaf | None) -> str:

@@ -2,6 +2,7 @@
 
 import pathlib
 import random
+import re
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Set
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -39,16 +41,20 @@ class Part:
     Attributes:
         path: where it is.
         value: the thing itself, not a copy wherever that can be had.
-        holder: the dict, list or object that has it.
+        code: how Python writes that: `stages[0]['meter'].total` for the path `stages[0].meter.total`.
+        holder: the dict, list or object that has it; None if it is part of a `state_dict`.
         key: under which the holder has it.
+        outer: the part that it is in, or None.
         owner: the innermost object around it that has a `state_dict` of its own, or None.
         owner_path: where that is.
     """
 
     path: str
     value: Any
+    code: str = ""
     holder: Any = None
     key: Any = None
+    outer: "Part | None" = None
     owner: Any = None
     owner_path: str = ""
 
@@ -59,7 +65,7 @@ def parts_of(owner: Model | Plugin, prefix: str = "") -> Iterator[Part]:
     walk = _Walk()
     for name, value in list(vars(owner).items()):
         if name not in _GIVEN[kind]:
-            yield from walk.within(Part(f"{prefix}{name}", value, owner, name))
+            yield from walk.within(Part(f"{prefix}{name}", value, name, owner, name))
     yield from walk.optimizers()
 
 
@@ -93,6 +99,8 @@ class _Walk:
         if is_scalar(value) or is_series(value):
             yield part
             return
+        if isinstance(value, torch.Tensor) and is_lazy(value):
+            return  # of a LazyLinear before its first batch: there are no values yet
         if isinstance(value, _PASSED_OVER) or id(value) in self._seen or depth > _MAX_DEPTH:
             return
         self._seen[id(value)] = value
@@ -106,31 +114,36 @@ class _Walk:
             yield from self._in_others(part, depth)
 
     def _in_network(self, part: Part, depth: int) -> Iterator[Part]:
-        part = replace(part, owner=part.value, owner_path=part.path)
+        part = replace(part, owner=part.value, owner_path=part.path, holder=None, key=None, outer=part)
         for name, module in part.value.named_modules():
             prefix = f"{part.path}.{name}" if name else part.path
+            code = part.code + (re.sub(r"\.(\d+)\b", r"[\1]", f".{name}") if name else "")
             self._seen[id(module)] = module
             for key, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) not in self._seen:
                     path = f"{prefix}.{key}"
                     self._parameter_names[id(parameter)] = path
+                    if is_lazy(parameter):
+                        continue
                     yield from self.within(replace(part, path=path, value=parameter), depth)
                     yield replace(part, path=f"{path}.requires_grad", value=parameter.requires_grad)
                     if parameter.is_leaf and parameter.grad is not None:
                         yield replace(part, path=f"{path}.grad", value=parameter.grad)
             for key, buffer in module._buffers.items():
                 if buffer is not None:
-                    yield from self.within(replace(part, path=f"{prefix}.{key}", value=buffer), depth)
+                    yield from self.within(
+                        replace(part, path=f"{prefix}.{key}", code=f"{code}.{key}", value=buffer), depth
+                    )
             for key, value in list(vars(module).items()):
                 if not key.startswith("_"):
-                    inner = replace(part, path=f"{prefix}.{key}", value=value, holder=module, key=key)
-                    yield from self.within(inner, depth + 1)
+                    inner = replace(part, path=f"{prefix}.{key}", code=f"{code}.{key}", value=value)
+                    yield from self.within(replace(inner, holder=module, key=key), depth + 1)
 
     def optimizers(self) -> Iterator[Part]:
         """Yield the parts of all optimizers that were met."""
         for part in self._optimizers:
             optimizer, names = part.value, self._parameter_names
-            part = replace(part, owner=optimizer, owner_path=part.path)
+            part = replace(part, owner=optimizer, owner_path=part.path, holder=None, key=None, outer=part)
             for number, group in enumerate(optimizer.param_groups):
                 for index, parameter in enumerate(group["params"]):
                     names.setdefault(id(parameter), f"{number}.{index}")
@@ -147,23 +160,33 @@ class _Walk:
             yield from self._items(part, part.path, value, depth)
         elif isinstance(value, list | tuple | deque):
             for index, item in enumerate(value):
-                inner = replace(part, path=f"{part.path}[{index}]", value=item, holder=value, key=index)
-                yield from self.within(inner, depth + 1)
+                yield from self.within(_inside(part, f"[{index}]", f"[{index}]", item, index), depth + 1)
         elif (state := _state_of(value)) is not None:
             self._seen[id(state)] = state
-            yield from self._items(
-                replace(part, owner=value, owner_path=part.path, holder=None), part.path, state, depth
-            )
+            inner = replace(part, owner=value, owner_path=part.path, holder=None, key=None, outer=part)
+            yield from self._items(inner, part.path, state, depth)
         elif _is_of_user(value):
             for key, item in list(vars(value).items()):
-                inner = replace(part, path=f"{part.path}.{key}", value=item, holder=value, key=key)
-                yield from self.within(inner, depth + 1)
+                yield from self.within(_inside(part, f".{key}", f".{key}", item, key), depth + 1)
 
     def _items(self, part: Part, path: str, items: Mapping[Any, Any], depth: int) -> Iterator[Part]:
         for key, value in list(items.items()):
             name = f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
-            inner = replace(part, path=f"{path}{name}", value=value, holder=items, key=key)
+            inner = replace(_inside(part, name, f"[{key!r}]", value, key), path=f"{path}{name}", holder=items)
             yield from self.within(inner, depth + 1)
+
+
+def _inside(part: Part, name: str, code: str, value: Any, key: Any) -> Part:
+    """Return what a part has under a key."""
+    return replace(
+        part,
+        path=part.path + name,
+        value=value,
+        code=part.code + code,
+        holder=part.value,
+        key=key,
+        outer=part,
+    )
 
 
 def _state_of(value: object) -> Mapping[Any, Any] | None:
