@@ -14,7 +14,8 @@ import torch
 
 from helios.chkpt import find_last_checkpoint, load
 from helios.trainer import Trainer
-from helios.trainer.logging import choose_targets, get_root_logger, get_tensorboard_writer
+from helios.trainer.logging import get_root_logger, get_tensorboard_writer
+from helios.trainer.logging._places import choose_targets
 
 
 def accumulated(folder):

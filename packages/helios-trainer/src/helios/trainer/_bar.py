@@ -212,7 +212,8 @@ class _Forgiving:
 
 def is_terminal(stream: TextIO) -> bool:
     """Whether a bar can be drawn over itself on a stream."""
-    return hasattr(stream, "isatty") and stream.isatty()
+    # A dumb one, an editor's shell say, shows cursor movements as text.
+    return hasattr(stream, "isatty") and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _has_size(stream: TextIO) -> bool:

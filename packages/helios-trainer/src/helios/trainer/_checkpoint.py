@@ -20,7 +20,8 @@ from helios.trainer._modules import (
 from helios.trainer._plugin import RESERVED_KEYS, Plugin, PluginRegistry, is_overridden
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._training_state import TrainingState
-from helios.trainer.logging import LogTargets, get_root_logger
+from helios.trainer.logging import get_root_logger
+from helios.trainer.logging._places import LogTargets
 
 _ALWAYS = ("training_state", "model", "rng", "data")
 _OWN = ("cut", "stop", "settings", "tables", "gradients", "modes", "event_sizes")

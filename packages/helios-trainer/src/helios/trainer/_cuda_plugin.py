@@ -32,9 +32,6 @@ class CUDAPlugin(Plugin):
 
     def __init__(self, plug_id: str = "cuda") -> None:
         super().__init__(plug_id)
-        self.unique_overrides.training_batch = True
-        self.unique_overrides.validation_batch = True
-        self.unique_overrides.testing_batch = True
         self._device = torch.device("cpu")
 
     def configure_model(self, model: "Model") -> None:

@@ -26,8 +26,9 @@ from helios.trainer._modules import restore_gradients
 from helios.trainer._plugin import PluginRegistry
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._training_state import TrainingState, TrainingUnit
-from helios.trainer.logging import LogTargets, get_root_logger
+from helios.trainer.logging import get_root_logger
 from helios.trainer.logging._events import event_file_sizes
+from helios.trainer.logging._places import LogTargets
 
 _EARLIER_DATA = 0  # the `format` of a loader's state that a migration made
 

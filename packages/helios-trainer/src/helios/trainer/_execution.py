@@ -37,13 +37,14 @@ def select_execution(use_cpu: bool | None, gpus: list[int] | None) -> Execution:
 
     Raises:
         TypeError: `use_cpu` is not a bool or `gpus` not a list of ints.
-        ValueError: they contradict each other or the machine, or ask for more than one process.
+        ValueError: they contradict each other or the machine, or the environment's WORLD_SIZE is not 1.
     """
     if use_cpu is not None and not isinstance(use_cpu, bool):
         raise TypeError(f"use_cpu must be True, False or None, found {type(use_cpu).__name__} {use_cpu!r}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    world_size = _read_world_size()
+    if world_size > 1:
         raise ValueError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this release trains in one process; start it "
+            f"WORLD_SIZE is {world_size}: this release trains in one process; start it "
             "without torchrun, or with --nproc-per-node=1"
         )
     if gpus is not None:
@@ -65,6 +66,16 @@ def select_execution(use_cpu: bool | None, gpus: list[int] | None) -> Execution:
             f"pass gpus=[{ids[0]}]"
         )
     return Execution(torch.device("cuda", ids[0]), gpu_ids=tuple(ids))
+
+
+def _read_world_size() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(
+            f"the environment variable WORLD_SIZE must be the number of processes, found {text!r}: unset it, or set it "
+            "to 1"
+        )
+    return int(text)
 
 
 def _check_gpus(gpus: object) -> None:

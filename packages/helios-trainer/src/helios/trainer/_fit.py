@@ -24,7 +24,9 @@ from helios.trainer._start_note import Start, StartNote
 from helios.trainer._stop_request import StopRequest, hearing_of_workers, listening_to_signals
 from helios.trainer._trained import Trained
 from helios.trainer._training_state import TrainingState, TrainingUnit
-from helios.trainer.logging import LogTargets, RunLoggers, choose_targets, get_root_logger
+from helios.trainer.logging import get_root_logger
+from helios.trainer.logging._loggers import RunLoggers
+from helios.trainer.logging._places import LogTargets, choose_targets
 
 
 class FitRun:

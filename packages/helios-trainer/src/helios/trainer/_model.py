@@ -1,6 +1,7 @@
 """Model: the user's networks, optimizers and steps, as the trainer calls them."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -81,6 +82,9 @@ class Model(ModelHelpers, ABC):
 
     @metrics.setter
     def metrics(self, metrics: dict[str, Any]) -> None:
+        if not isinstance(metrics, Mapping):  # else training would end when a bar is drawn, and only with one
+            found = f"{type(metrics).__name__} {metrics!r:.100}"
+            raise TypeError(f"metrics must be a dict of numbers by name, found {found}")
         self._metrics = metrics
 
     @abstractmethod
@@ -163,10 +167,19 @@ class Model(ModelHelpers, ABC):
         Args:
             state: where training stands.
             should_log: whether `print_frequency` says that it is time to log.
+
+        Raises:
+            TypeError: something in `_loss_items` cannot be added up.
         """
         for name, loss in self._loss_items.items():
             value = loss.detach() if isinstance(loss, torch.Tensor) else loss
-            self._running_losses[name] = self._running_losses.get(name, 0) + value
+            try:
+                self._running_losses[name] = self._running_losses.get(name, 0) + value
+            except TypeError as error:
+                raise TypeError(
+                    f"_loss_items[{name!r}] must be a number or a tensor, which is added to _running_losses, found "
+                    f"{type(value).__name__} {value!r:.100}"
+                ) from error
 
     def on_training_epoch_end(self, epoch: int) -> None:
         """Called at the end of an epoch.

@@ -142,11 +142,10 @@ class PluginRegistry(MutableMapping[str, Plugin]):
         """Add a plug-in under its id.
 
         Raises:
-            TypeError: it is not a Plugin.
+            TypeError: it is not a Plugin, or its `__init__` does not call Plugin's.
             ValueError: its id is taken, or another plug-in has one of its unique overrides.
         """
-        if not isinstance(plugin, Plugin):
-            raise TypeError(f"plugin must be a Plugin, found {type(plugin).__name__}")
+        _check_is_plugin(plugin)
         if plugin.plug_id in self._plugins:
             raise ValueError(
                 f"plug_id {plugin.plug_id!r} is taken by another plug-in: give one of them another id"
@@ -165,7 +164,8 @@ class PluginRegistry(MutableMapping[str, Plugin]):
         return next((p for p in self._plugins.values() if _claims(p, override)), None)
 
     def __setitem__(self, plug_id: str, plugin: Plugin) -> None:
-        if isinstance(plugin, Plugin) and plugin.plug_id != plug_id:
+        _check_is_plugin(plugin)
+        if plugin.plug_id != plug_id:
             raise ValueError(f"plug-in {plugin.plug_id!r} cannot be added under the id {plug_id!r}")
         self.append(plugin)
 
@@ -188,6 +188,13 @@ _METHODS = {
     "testing_batch": "process_testing_batch",
     "should_training_stop": "should_training_stop",
 }
+
+
+def _check_is_plugin(plugin: object) -> None:
+    if not isinstance(plugin, Plugin):
+        raise TypeError(f"plugin must be a Plugin, found {type(plugin).__name__}")
+    if not hasattr(plugin, "unique_overrides"):
+        raise TypeError(f"{type(plugin).__name__}.__init__ must call super().__init__(plug_id)")
 
 
 def _claims(plugin: Plugin, override: str) -> bool:

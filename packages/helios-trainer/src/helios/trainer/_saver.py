@@ -16,7 +16,8 @@ from helios.trainer._settings import TrainerSettings
 from helios.trainer._start_note import StartNote
 from helios.trainer._stop_request import StopRequest
 from helios.trainer._training_state import TrainingState
-from helios.trainer.logging import RunLoggers, get_root_logger
+from helios.trainer.logging import get_root_logger
+from helios.trainer.logging._loggers import RunLoggers
 
 
 class CheckpointSaver:

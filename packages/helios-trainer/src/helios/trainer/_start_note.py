@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helios.trainer.logging import LogTargets
+from helios.trainer.logging._places import LogTargets
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ from helios.trainer._settings import TrainerSettings
 from helios.trainer._stop_request import StopRequest
 from helios.trainer._trained import Trained
 from helios.trainer._training_state import TrainingState
-from helios.trainer.logging import LogTargets, RunLoggers, choose_targets, get_root_logger
+from helios.trainer.logging import get_root_logger
+from helios.trainer.logging._loggers import RunLoggers
+from helios.trainer.logging._places import LogTargets, choose_targets
 
 
 def run_test(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from helios.trainer._model import Model
 from helios.trainer._plugin import Plugin
-from helios.trainer.logging import LogTargets
+from helios.trainer.logging._places import LogTargets
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,9 @@ class Trainer:
             raise TypeError(f"plugins is replaced by a {found}: add plug-ins with plugins.append(plugin)")
         for name in ("train_exceptions", "test_exceptions"):
             kinds = getattr(self, name)
-            if not isinstance(kinds, list | tuple | set) or not all(isinstance(k, type) for k in kinds):
+            if not isinstance(kinds, list | tuple | set) or not all(
+                isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds
+            ):
                 raise TypeError(f"{name} must be a list of exception types, found {kinds!r}")
 
     def _introduce(self, model: Model, datamodule: DataModule) -> None:

@@ -1,6 +1,5 @@
 """The logger and the TensorBoard writer of the run in progress."""
 
-from helios.trainer.logging._loggers import RunLoggers, get_root_logger, get_tensorboard_writer
-from helios.trainer.logging._places import LogTargets, choose_targets
+from helios.trainer.logging._loggers import get_root_logger, get_tensorboard_writer
 
-__all__ = ["LogTargets", "RunLoggers", "choose_targets", "get_root_logger", "get_tensorboard_writer"]
+__all__ = ["get_root_logger", "get_tensorboard_writer"]
