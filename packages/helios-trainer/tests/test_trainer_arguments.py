@@ -161,6 +161,8 @@ def test_registry():
         plugins.append(Plugin("a"))
     with pytest.raises(ValueError, match="'c' cannot be added under the id 'd'"):
         plugins["d"] = Plugin("c")
+    with pytest.raises(TypeError, match=r"Bare\.__init__ must call super\(\).__init__\(plug_id\)"):
+        plugins.append(type("Bare", (Plugin,), {"__init__": lambda self: None})())
     del plugins["a"]
     plugins.append(Plugin("a"))
     assert list(plugins) == ["b", "a"]
@@ -199,6 +201,40 @@ def test_fit_and_test(kit, method):
         run("model", kit.Data())
     with pytest.raises(TypeError, match="datamodule must be a DataModule, found list"):
         run(kit.Net(), [])
+
+
+@pytest.mark.parametrize("name", ["train_exceptions", "test_exceptions"])
+@pytest.mark.parametrize("kinds", [[int], [ValueError("one")], [None], ValueError])
+def test_lists_of_exceptions(kit, name, kinds):
+    trainer = kit.trainer()
+    setattr(trainer, name, kinds)
+    for run in (trainer.fit, trainer.test):
+        with pytest.raises(TypeError, match=f"{name} must be a list of exception types, found "):
+            run(kit.Net(), kit.Data())
+
+
+@pytest.mark.parametrize("metrics", [[1], 0.5, "accuracy"])
+def test_metrics(kit, metrics):
+    model = kit.Net()
+    with pytest.raises(TypeError, match="metrics must be a dict of numbers by name, found "):
+        model.metrics = metrics
+    assert model.metrics is model._val_scores
+    model.metrics = {"accuracy": 0.5}  # control
+    assert model.metrics == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("loss", "found"), [("0.5", "str '0.5'"), ([0.5], r"list \[0.5\]"), (None, "NoneType None")]
+)
+def test_losses(kit, loss, found):
+    class Odd(kit.Net):
+        def train_step(self, batch, state):
+            self._loss_items |= {"good": 1, "odd": loss}
+
+    with pytest.raises(
+        RuntimeError, match=rf"_loss_items\['odd'\] must be a number or a tensor.* found {found}"
+    ):
+        kit.trainer().fit(Odd(), kit.Data())
 
 
 def test_nothing_to_train(kit):

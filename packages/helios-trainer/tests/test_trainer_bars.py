@@ -388,8 +388,10 @@ def test_the_kind_of_bar(kit, monkeypatch):
     main, sub = pty.openpty()
     with os.fdopen(sub, "w") as stream, os.fdopen(main):
         monkeypatch.setattr(sys, "stderr", stream)
-        with ProgressBars(True, kit.EPOCH, 1).evaluation("test", 2) as bar:
-            assert type(bar) is TerminalBar
+        for term, kind in (("xterm", TerminalBar), ("dumb", PlainBar)):
+            monkeypatch.setenv("TERM", term)
+            with ProgressBars(True, kit.EPOCH, 1).evaluation("test", 2) as bar:
+                assert type(bar) is kind
         with ProgressBars(False, kit.EPOCH, 1).evaluation("test", 2) as bar:
             assert type(bar) is NoBar
     assert type(ProgressBars(True, kit.EPOCH, 1).evaluation("test", 2)) is NoBar  # stderr is closed
@@ -401,6 +403,7 @@ def test_a_terminal_without_a_size(kit, monkeypatch):
     fcntl.ioctl(sub, termios.TIOCSWINSZ, struct.pack("HHHH", 0, 0, 0, 0))
     with os.fdopen(sub, "w") as stream, os.fdopen(main, "rb", buffering=0) as other:
         monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setenv("TERM", "xterm")
         bars = ProgressBars(True, kit.EPOCH, 3)
         bars.start(TrainingState(), 1)
         bars.close()

@@ -68,6 +68,14 @@ def test_several_processes_are_refused(monkeypatch):
     Trainer(use_cpu=True)
 
 
+@pytest.mark.parametrize("value", ["two", "", "0", "-1", "1.0"])
+def test_a_number_of_processes_that_is_none(monkeypatch, value):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    message = f"environment variable WORLD_SIZE must be the number of processes, found '{value}': unset it"
+    with pytest.raises(ValueError, match=message):
+        Trainer(use_cpu=True)
+
+
 def test_the_model_knows_its_device(kit):
     model = kit.Net()
     kit.trainer(total_steps=1).fit(model, kit.Data())

@@ -90,12 +90,17 @@ def test_data(kit, hook):
     check(trainer, lambda: trainer.fit(kit.Net(), data), error, None)
 
 
-def test_the_lists_are_separate(kit):
+@pytest.mark.parametrize(("activity", "other"), [("train", "test"), ("test", "train")])
+def test_the_lists_are_separate(kit, activity, other):
     trainer, model = kit.trainer(), kit.Net()
-    trainer.test_exceptions.append(MineError)
-    model.train_step = failing(MineError("on purpose"))
-    with pytest.raises(RuntimeError):
-        trainer.fit(model, kit.Data())
+    getattr(trainer, f"{other}_exceptions").append(MineError)
+    setattr(model, f"{activity}_step", failing(MineError("on purpose")))
+    run = {"train": trainer.fit, "test": trainer.test}[activity]
+    with pytest.raises(RuntimeError, match="on purpose"):
+        run(model, kit.Data())
+    getattr(trainer, f"{activity}_exceptions").append(MineError)  # control
+    with pytest.raises(MineError):
+        run(model, kit.Data())
 
 
 def test_a_plugin_may_list_exceptions(kit):

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import helios.trainer.logging
 from helios.chkpt import find_last_checkpoint, load
 from helios.trainer import Trainer
-from helios.trainer.logging import get_root_logger, get_tensorboard_writer
+from helios.trainer.logging import _places, get_root_logger, get_tensorboard_writer
 from helios.trainer.logging._places import choose_targets
 
 
@@ -74,13 +75,24 @@ def logged(kit, tmp_path):
     return fit
 
 
-def test_names(logged, tmp_path):
+@pytest.mark.parametrize(
+    ("moment", "name"),
+    [
+        (datetime(2024, 11, 22, 15, 20, 1), "cifar10_Nov22_15-20-01"),
+        (datetime(2024, 3, 4, 5, 6, 7), "cifar10_Mar04_05-06-07"),
+    ],
+)
+def test_names(logged, tmp_path, monkeypatch, moment, name):
+    class Frozen(datetime):
+        @classmethod
+        def now(cls):
+            return moment
+
+    monkeypatch.setattr(_places, "datetime", Frozen)
     logged(tmp_path, run_name="cifar10")
     (log,) = (tmp_path / "deep" / "logs").iterdir()
     (folder,) = (tmp_path / "deep" / "runs").iterdir()
-    for name, suffix in ((log.name, ".log"), (folder.name, "")):
-        match = re.fullmatch(r"cifar10_(\w{3}\d\d_\d\d-\d\d-\d\d)" + re.escape(suffix), name)
-        assert datetime.strptime(match[1], "%b%d_%H-%M-%S")
+    assert (log.name, folder.name) == (f"{name}.log", name)
     checkpoint = load(find_last_checkpoint(tmp_path / "chkpt"))
     assert (checkpoint["log_path"], checkpoint["run_path"]) == (str(log), str(folder))
 
@@ -509,3 +521,7 @@ def test_tensorboard_is_not_imported_unless_enabled(python):
         print("tensorboard" in sys.modules)
     """
     assert python(code).splitlines()[-1] == "False"
+
+
+def test_what_is_public():
+    assert helios.trainer.logging.__all__ == ["get_root_logger", "get_tensorboard_writer"]

@@ -281,6 +281,36 @@ def test_running_losses_sum_what_came_since_the_validation_before(kit):
     assert sums == [sum(losses[i : i + 2]).item() for i in (0, 2, 4)]
 
 
+def test_losses_are_of_one_batch(kit):
+    class Now(kit.Net):
+        def train_step(self, batch, state):
+            assert self._loss_items == {}
+            self._loss_items[f"of {state.global_iteration}"] = 1.0
+
+    model = Now()
+    kit.trainer(total_steps=1).fit(model, kit.Data(train=3))
+    assert model._loss_items == {"of 3": 1.0}
+    assert model._running_losses == {"of 1": 1.0, "of 2": 1.0, "of 3": 1.0}
+
+
+def test_scores_are_of_one_validation_or_test(kit):
+    class Now(kit.Net):
+        tests = 0
+
+        def valid_step(self, batch, step):
+            self._val_scores[f"of {self.cycle}"] = 1.0
+
+        def test_step(self, batch, step):
+            self._test_scores[f"of {self.tests}"] = 1.0
+
+    model, trainer = Now(), kit.trainer(total_steps=2, valid_frequency=1)
+    trainer.fit(model, kit.Data())
+    assert model._val_scores.keys() == {"sum", "of 2"}
+    for model.tests in (1, 2):
+        trainer.test(model, kit.Data())
+        assert model._test_scores.keys() == {f"of {model.tests}"}
+
+
 def test_validations_shuffle_anew_and_draw_no_training_randomness(kit):
     orders = []
 
