@@ -93,9 +93,9 @@ class ModelHelpers:
     def load_all(self, state: Mapping[str, Any], /, **parts: Any) -> dict[str, Any]:
         """Give each part its state, for `load_state_dict`, strictly, and return the values.
 
-        All is checked before anything is changed: that every part has a state and every state a part, the names
-        and shapes in networks, the parameters of optimizers. `self.best = self.load_all(state, net=self.net)["best"]`
-        loads a network and a number.
+        Checked before anything is changed: that every part has a state and every state a part, the names and shapes
+        in networks, the numbers of parameters in the groups of optimizers.
+        `self.best = self.load_all(state, net=self.net)["best"]` loads a network and a number.
 
         Args:
             state: what `save_all` returned. One that was written by hand will do too: in it, every dict must be
@@ -106,6 +106,7 @@ class ModelHelpers:
             What has no state of its own, by name.
 
         Raises:
-            ValueError: parts and states do not fit together; all that does not is named.
+            ValueError: parts and states do not fit together; all that does not is named, and nothing is loaded.
+            Exception: what a part's own `load_state_dict` raised; the parts before it are loaded already.
         """
         return load_parts(state, parts)

@@ -60,7 +60,7 @@ class LedgerFile:
         """Begin a file, in the place of an earlier one of the run of that name if there is one.
 
         Raises:
-            LedgerError: what is there is no ledger, or of another run.
+            LedgerError: what is there is no ledger, or that of a run of another name.
             OSError: it cannot be opened or written.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
