@@ -92,6 +92,7 @@ def parts_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     counters = dict(checkpoint["training_state"])
     own = dict(counters.pop("trainer"))
     del counters["average_iter_time"]  # seconds
+    assert own.pop("aliases") == {}  # this model has none; the trainer's own tests have some
     del own["event_sizes"]  # of files that a restart continues in another file
     return {
         **{f"model.{key}": value for key, value in checkpoint["model"].items()},

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from job import Place
@@ -30,7 +31,7 @@ from matrix import (
 )
 from prove_resume import read_scalars
 
-from helios.chkpt import find_last_checkpoint, load, save
+from helios.chkpt import find_last_checkpoint, format_name, load, parse_name, save
 
 SEED = 5
 NUM_SAMPLED = 80  # every pair of values is in these
@@ -199,7 +200,7 @@ CONTROLS = {
         put("training_state/current_iteration", 0), ("counters.current_iteration",)
     ),
     "the global iteration": Control(
-        put("training_state/global_iteration", 0), ("counters.global_iteration", "trace")
+        put("training_state/global_iteration", 2016), ("counters.global_iteration", "name")
     ),
     "the epoch": Control(put("training_state/global_epoch", 9), ("counters.global_epoch", "name")),
     "the batch in the epoch": Control(put("training_state/dataset_iter", 0), ("counters.dataset_iter",)),
@@ -224,6 +225,13 @@ CONTROLS = {
 }
 
 
+def name_of(state: dict[str, Any], path: Path) -> str:
+    """The name that goes with the counters in a state: a file of another name is refused."""
+    name, counters = parse_name(path.name), state["training_state"]
+    epoch, iteration = counters["global_epoch"], counters["global_iteration"]
+    return format_name(dataclasses.replace(name, epoch=epoch, iteration=iteration))
+
+
 @pytest.mark.parametrize("part", CONTROLS)
 def test_control_without_one_saved_part_the_runs_differ(run_job, whole, tmp_path, part):
     """What the matrix compares depends on every part; with all of them, rewriting the file is harmless."""
@@ -236,8 +244,11 @@ def test_control_without_one_saved_part_the_runs_differ(run_job, whole, tmp_path
     state = load(path)
     del state["version"]
     control.change(state)
-    save(state, path)
+    path.unlink()
+    changed = path.with_name(name_of(state, path))
+    save(state, changed)
     assert run_job(job) == 0, (tmp_path / "output.txt").read_text()
+    changed.unlink()
     path.write_bytes(before)  # so that what differs is not the change itself but what it led to
     found = differing(evidence(tmp_path), whole(control.case))
     assert set(found) >= set(control.differing)
@@ -249,8 +260,11 @@ def test_everything_that_is_compared_has_a_control(whole):
     cases = [dataclasses.replace(PLAIN, unit="epoch", accumulation=n) for n in (1, 2)]
     others = differing(*map(whole, cases))
     assert "trainer.settings" in others and "name" not in others
+    assert "trainer.noted" in differing(
+        whole(PLAIN), whole(VALIDATED)
+    )  # likewise: it is what is only warned of
     names = {name for control in CONTROLS.values() for name in control.differing}
-    assert names | {"trainer.settings"} == set(whole(VALIDATED))
+    assert names | {"trainer.settings", "trainer.noted"} == set(whole(VALIDATED))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ class Trainer:
         enable_deterministic: use deterministic kernels, on the CPU too.
         early_stop_cycles: stop after this many validations in a row without improvement.
         use_cpu: train on the CPU.
-        gpus: ids of the CUDA devices to train on; None takes CUDA if there is any. One id, in this release.
+        gpus: ids of the CUDA devices to train on; None takes the CUDA device if there is one. One id, in this release.
         random_seed: seed of all generators; None is 6691.
         enable_tensorboard: write TensorBoard events below `run_path`.
         enable_file_logging: write a log file below `log_path`.
@@ -50,8 +50,8 @@ class Trainer:
         keep_last: how many checkpoints to keep; None keeps all.
         async_chkpt: write checkpoints in the background.
         nprocs: processes to train in; 1, in this release.
-        dry_run: rehearse: so many training, validation and test batches through every hook, a checkpoint made but not
-            written, nothing left on the disk and nothing resumed.
+        dry_run: rehearse: so many training, validation and test batches through every hook (by ITERATION whole
+            iterations, at least one), a checkpoint made but not written, nothing left on the disk, nothing resumed.
         accept_on_resume: names of what may differ from the run that is gone on with, or be missing in its checkpoint,
             each with a warning instead of an error: "train_unit", "accumulation_steps", "random_seed" (the new value
             is taken); "rng" (the generators go on as seeded) or only "rng.cuda"; "data" (the epoch in progress begins
