@@ -276,10 +276,7 @@ def check_pairs(model: Model, plugins: PluginRegistry) -> None:
     owners: list[tuple[str, Model | Plugin, type]] = [("model", model, Model)]
     owners += [(f"plug-in {plug_id!r}", plugin, Plugin) for plug_id, plugin in plugins.items()]
     for owner, part, base in owners:
-        saves, loads = (
-            getattr(type(part), name) is not getattr(base, name) for name in ("state_dict", "load_state_dict")
-        )
-        if saves and not loads:
+        if is_overridden(part, "state_dict", base) and not is_overridden(part, "load_state_dict", base):
             raise TypeError(
                 f"the {owner} ({type(part).__name__}) overrides state_dict, but not load_state_dict: nothing of its "
                 "state would come back after a restart"

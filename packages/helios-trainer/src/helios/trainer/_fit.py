@@ -178,17 +178,17 @@ class FitRun:
                     f"append_to_banner must return a str, found {type(appended).__name__} {appended!r}"
                 )
             get_root_logger().info("%s", appended)
-        self._train_loader, valid_loader = self._load_data()
+        train_loader, valid_loader = self._load_data()
         for plugin in self._plugins.values():
-            plugin.configure_loaders(self._train_loader, valid_loader)
+            plugin.configure_loaders(train_loader, valid_loader)
         model._running_losses.clear()  # of an earlier `fit`
         self._set_up()
         if resumption is not None:
             resumption.restore_objects(model, self._plugins)
-            resumption.say_what_differs(settings, self._train_loader)
-            resumption.restore_loader(self._train_loader)
-        self._hooks = Hooks(model, self._plugins)
-        self._hooks.training_start()
+            resumption.say_what_differs(settings, train_loader)
+            resumption.restore_loader(train_loader)
+        hooks = Hooks(model, self._plugins)
+        hooks.training_start()
         if resumption is not None:
             resumption.restore_surroundings(model)
             self._loggers.discard_events(resumption.event_sizes)
@@ -202,7 +202,7 @@ class FitRun:
             state=self._state,
             model=model,
             plugins=self._plugins,
-            train_loader=self._train_loader,
+            train_loader=train_loader,
             loggers=self._loggers,
             start_note=self._start_note,
             stop_request=self._stop_request,
@@ -210,18 +210,18 @@ class FitRun:
         loop = TrainingLoop(
             settings,
             self._state,
-            self._hooks,
-            train_loader=self._train_loader,
+            hooks,
+            train_loader=train_loader,
             valid_loader=valid_loader,
             bars=bars,
             save=saver.save,
             stop_request=self._stop_request,
         )
-        self._run_loop(loop, saver, bars, None if resumption is None else resumption.cut)
+        self._run_loop(loop, hooks, saver, bars, None if resumption is None else resumption.cut)
         return self._trained(None if self._store is None else self._loggers.event_sizes())
 
     def _run_loop(
-        self, loop: TrainingLoop, saver: CheckpointSaver, bars: ProgressBars, cut: Cut | None
+        self, loop: TrainingLoop, hooks: Hooks, saver: CheckpointSaver, bars: ProgressBars, cut: Cut | None
     ) -> None:
         state = self._state
         began_s, batches_before = time.perf_counter(), state.global_iteration
@@ -235,7 +235,7 @@ class FitRun:
             reason = f"stopped by {self._stop_request}, to go on when it is started again"
         else:
             bars.close()
-            self._hooks.training_end()
+            hooks.training_end()
             saver.save(Cut(CutPoint.FINISHED), stop)
             reason = f"finished: {stop.value}"
         elapsed_s = time.perf_counter() - began_s

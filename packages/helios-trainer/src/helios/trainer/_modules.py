@@ -68,11 +68,12 @@ def restore_gradients(
 
 def modes_of(owner: object) -> dict[str, list[str]]:
     """Return which modules evaluate and which parameters are frozen: what hooks set and no state_dict has."""
-    first_names = {id(module): name for name, module in reversed(_modules_by_name(owner).items())}
+    modules = _modules_by_name(owner)
+    first_names = {id(module): name for name, module in reversed(modules.items())}
     return {
         "evaluating": [
             name
-            for name, module in _modules_by_name(owner).items()
+            for name, module in modules.items()
             if not module.training and first_names[id(module)] == name
         ],
         "frozen": [name for name, p in _named_parameters(owner) if not p.requires_grad],
@@ -145,34 +146,29 @@ def _modules_by_name(owner: object) -> dict[str, nn.Module]:
 
 
 def _parameters_by_name(owner: object) -> dict[str, torch.Tensor]:
-    """Return the parameters under every name that they have, and those that only an optimizer has."""
-    everywhere: dict[str, torch.Tensor] = {
+    """Return the parameters under every name that they have in networks; those that only an optimizer has come last."""
+    by_name: dict[str, torch.Tensor] = {
         name: parameter
         for prefix, network in named_networks(owner)
         for name, parameter in network.named_parameters(prefix, remove_duplicate=False)
     }
-    return {**everywhere, **dict(_named_parameters(owner))}
+    known = set(map(id, by_name.values()))
+    for prefix, optimizer in optimizers_of(owner):
+        for number, group in enumerate(optimizer.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                if id(parameter) not in known:
+                    known.add(id(parameter))
+                    by_name[f"{prefix}.{number}.{index}"] = parameter
+    return by_name
 
 
 def _named_parameters(owner: object) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield each parameter once: those of the networks, and those that only an optimizer has."""
+    """Yield each parameter once, by its first name."""
     seen: set[int] = set()
-    parts = list(_parts_of(owner))
-    # Networks first: what an optimizer is made of may change in a run, and with it what its place is.
-    for prefix, part in sorted(parts, key=lambda named: isinstance(named[1], Optimizer)):
-        for name, parameter in _parameters_in(prefix, part):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield name, parameter
-
-
-def _parameters_in(prefix: str, part: nn.Module | Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(part, nn.Module):
-        yield from part.named_parameters(prefix=prefix)
-    else:
-        for number, group in enumerate(part.param_groups):
-            for index, parameter in enumerate(group["params"]):
-                yield f"{prefix}.{number}.{index}", parameter
+    for name, parameter in _parameters_by_name(owner).items():
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield name, parameter
 
 
 def tensors_of(owner: object) -> Iterator[tuple[str, torch.Tensor]]:

@@ -201,6 +201,6 @@ def _claims(plugin: Plugin, override: str) -> bool:
     return is_overridden(plugin, _METHODS[override]) or bool(getattr(plugin.unique_overrides, override))
 
 
-def is_overridden(plugin: Plugin, method: str) -> bool:
-    """Whether a plug-in has a method of its own instead of Plugin's, which does nothing."""
-    return getattr(type(plugin), method) is not getattr(Plugin, method)
+def is_overridden(part: object, method: str, base: type = Plugin) -> bool:
+    """Whether a plug-in, or something of another base, has a method of its own instead of that of the base."""
+    return getattr(type(part), method) is not getattr(base, method)

@@ -10,7 +10,7 @@ from helios.data import DataModule
 from helios.trainer._execution import select_execution
 from helios.trainer._fit import FitRun
 from helios.trainer._model import Model
-from helios.trainer._plugin import Plugin, PluginRegistry
+from helios.trainer._plugin import Plugin, PluginRegistry, is_overridden
 from helios.trainer._settings import make_settings, rehearsing
 from helios.trainer._stop_request import StopRequest
 from helios.trainer._test_run import run_test
@@ -143,7 +143,7 @@ class Trainer:
                 cause is the exception itself. Exceptions of the types in `train_exceptions` are passed unchanged.
         """
         self._check(model, datamodule)
-        if type(model).train_step is Model.train_step:
+        if not is_overridden(model, "train_step", Model):
             raise TypeError(f"model must define train_step to be trained, {type(model).__name__} does not")
         if self.settings.total_steps == 0:
             raise ValueError("total_steps is 0, there is nothing to train: give the Trainer a total_steps")
