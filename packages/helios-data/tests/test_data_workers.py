@@ -12,8 +12,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from helios.core import rng
 from helios.data import Permutation, ResumableDistributedSampler, ResumableRandomSampler, create_dataloader
+from helios.data._orphans import end_with_parent, has_parent
 
 pytestmark = [
     pytest.mark.usefixtures("seeded", "no_worker_stays"),
@@ -597,3 +601,70 @@ def test_a_batch_that_can_pin_itself_is_asked_to(monkeypatch, style, workers):
     batches += resumed(loader.state_dict(), style, workers, collate_fn=into_records)
     assert torch.equal(torch.cat([batch.samples for batch in batches]), expected)
     assert not any(batch.pinned for batch in make(style, workers, collate_fn=into_records, pin_memory=False))
+
+
+ORPHANS = """
+import multiprocessing, os, sys
+import torch
+from helios.data import create_dataloader
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 100
+    def __getitem__(self, index):
+        return index
+
+if __name__ == "__main__":
+    options = {"multiprocessing_context": sys.argv[1], "persistent_workers": True}
+    loader = create_dataloader(Data(), num_workers=2, **options)
+    batches = iter(loader)
+    next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+def test_workers_end_when_their_process_is_killed(tmp_path, start):
+    script = tmp_path / "orphans.py"
+    script.write_text(ORPHANS)
+    done = subprocess.run([sys.executable, script, start], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert len(workers) == 2
+    while any(map(is_running, workers)):  # the test hangs if one does not end
+        time.sleep(0.05)
+
+
+def is_running(process_id):
+    try:
+        return "(zombie)" not in Path(f"/proc/{process_id}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.fixture
+def started_by(monkeypatch):
+    """Take this process for a worker, which a process of this number has started."""
+
+    def take(process_id):
+        parent = SimpleNamespace(pid=process_id)
+        monkeypatch.setattr("helios.data._orphans.multiprocessing.parent_process", lambda: parent)
+
+    return take
+
+
+def test_a_worker_whose_process_was_dead_before_it_began_ends(monkeypatch, started_by):
+    """torch takes whoever has adopted it for its parent, and waits for that one's death."""
+    ended = threading.Event()
+    monkeypatch.setattr("helios.data._orphans.os._exit", lambda status: ended.set())
+    started_by(2**30)
+    end_with_parent()
+    assert ended.wait(60)
+
+
+def test_control_the_worker_of_a_living_process_goes_on(started_by):
+    started_by(os.getppid())
+    assert has_parent()
+    started_by(2**30)
+    assert not has_parent()

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from helios.core.rng import derive_bytes, preserve_host_rng_state, rekey_host_rngs, seed_rngs
+from helios.data._orphans import end_with_parent
 
 CollateFn = Callable[[list[Any]], Any]
 WorkerInitFn = Callable[[int], None]
@@ -133,6 +134,7 @@ class WorkerInit:
     user_init: WorkerInitFn | None
 
     def __call__(self, worker_id: int) -> None:
+        end_with_parent()
         seed_worker(worker_id)
         info: Any = get_worker_info()
         # What get_worker_info().dataset is for: the user's own dataset. WorkerInfo refuses setattr.
