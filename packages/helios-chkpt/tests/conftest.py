@@ -11,6 +11,11 @@ import pytest
 import torch
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the marks, for where there is no pyproject.toml."""
+    config.addinivalue_line("markers", "many_processes: starts many, and takes long for it")
+
+
 @pytest.fixture
 def state() -> dict[str, object]:
     """Something of every kind that a small training run saves."""

@@ -30,6 +30,7 @@ import chkpt_kit as kit
 
 from helios import chkpt
 from helios.chkpt._format.archive import open_archive, open_file
+from helios.chkpt._sharded.convert import convert
 
 SMALL: dict[str, object] = {"w": torch.arange(4.0), "n": {"x": [1, 2.5, "a"]}, "b": (b"\0", True, None, -1)}
 KILLS = 1000
@@ -253,12 +254,41 @@ def broken(fault: str, contents: Iterable[bytes], path: Path, expected: set[str]
     return row(fault, counts, expected)
 
 
+def sharded(factor: float) -> Iterable[Row]:
+    """Ranks that are killed before each of their calls, and at random instants; every bit of a small folder."""
+    driver = Path(__file__).parent / "shard_driver.py"
+    for how, tries in (("calls", 10**6), ("time", round(KILLS * factor / 10))):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / "f"
+            folder.mkdir()
+            command = [sys.executable, str(driver), str(folder), f"storm:0:{how},{tries},{SEED}"]
+            found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+            outcomes, wrong = found["outcomes"], found["wrong"]
+            fault = (
+                f"kill -9 of a rank, sharded, {'at a random instant' if how == 'time' else 'at every call'}"
+            )
+            good = outcomes.get("old", 0) + outcomes.get("new", 0)
+            yield Row(
+                fault, sum(outcomes.values()), sum(outcomes.values()) - good, len(wrong), 0, str(outcomes)
+            )
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "a.dcp"
+        convert(chkpt.save({"model": {"w": torch.arange(6.0)}, "n": 1}, Path(name) / "a.pth"), path)
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                every = range(8 * file.stat().st_size)
+                counts = kit.flipped(file, every, lambda _: chkpt.verify(path), object())
+                kinds = {"CorruptError", "NotACheckpointError", "TruncatedError"}
+                yield row(f"every bit of {file.name} of a small folder, verify", counts, kinds)
+
+
 PARTS: dict[str, Callable[[float], Iterable[Row]]] = {
     "bits": bits,
     "lengths": lengths,
     "crafted": crafted,
     "kills": kills,
     "large": large,
+    "sharded": sharded,
 }
 
 

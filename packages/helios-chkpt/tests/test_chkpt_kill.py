@@ -11,6 +11,8 @@ import pytest
 
 from helios import chkpt
 
+pytestmark = pytest.mark.many_processes
+
 DRIVER = Path(__file__).parent / "storm_driver.py"
 OPERATIONS = ["overwrite", "async", "retention", "migrate"]
 

@@ -18,6 +18,7 @@ from helios.chkpt._find import find_last_checkpoint, load_last_checkpoint
 from helios.chkpt._inspect import CheckpointInfo, Entry, inspect
 from helios.chkpt._naming import CheckpointName, format_name, parse_name
 from helios.chkpt._read import load, verify
+from helios.chkpt._sharded.api import load_sharded, save_sharded
 from helios.chkpt._store import CheckpointStore
 from helios.chkpt._version import __version__
 from helios.chkpt._write import check_state, save
@@ -44,7 +45,9 @@ __all__ = [
     "inspect",
     "load",
     "load_last_checkpoint",
+    "load_sharded",
     "parse_name",
     "save",
+    "save_sharded",
     "verify",
 ]

@@ -15,7 +15,7 @@ from typing import IO
 
 _TEMP_NAME = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{16}\.tmp", re.DOTALL)
 _MAX_TARGET_BYTES = 255 - len(".") - len(".0123456789abcdef.tmp")
-_NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
 
 def write_atomically(
@@ -115,7 +115,7 @@ def _open_temp(target: Path) -> tuple[IO[bytes], Path]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except BaseException as error:
-            if isinstance(error, OSError) and error.errno in _NO_LOCKS:
+            if isinstance(error, OSError) and error.errno in NO_LOCKS:
                 return file, temp  # no locks here: then no sweeper gets one either, and none deletes anything
             file.close()
             temp.unlink(missing_ok=True)

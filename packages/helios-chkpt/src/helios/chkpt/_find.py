@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from helios.chkpt._arguments import as_path
 from helios.chkpt._errors import CheckpointError, VersionTooNewError, VersionTooOldError
-from helios.chkpt._naming import CheckpointName, check_text, parse_name
+from helios.chkpt._naming import MAIN_FILE, SHARDED_SUFFIX, CheckpointName, check_text, is_sharded, parse_name
 from helios.chkpt._read import load, verify
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _LOGGER = logging.getLogger("helios.chkpt")
 
 @dataclass(frozen=True)
 class Found:
-    """A file in a folder whose name is that of a checkpoint."""
+    """A file, or a folder with shards, whose name is that of a checkpoint."""
 
     path: Path
     name: CheckpointName
@@ -64,6 +64,7 @@ def load_last_checkpoint(
     *,
     map_location: MapLocation = None,
     safe_types: Sequence[type] = (),
+    shards: bool = True,
 ) -> tuple[Path, dict[str, object]] | None:
     """The checkpoint that `find_last_checkpoint` finds, loaded: each file is read once, verified while it is.
 
@@ -72,6 +73,7 @@ def load_last_checkpoint(
         run_name: look at this run only; None for all.
         map_location: as for `load`.
         safe_types: as for `load`.
+        shards: as for `load`; without them, they are verified all the same.
 
     Returns:
         Path and content, or None if there is none.
@@ -86,7 +88,9 @@ def load_last_checkpoint(
         check_run_name(run_name)
     for path in _newest_first(folder, run_name):
         try:
-            return path, load(path, map_location=map_location, safe_types=safe_types)
+            if not shards and is_sharded(path):
+                verify(path, safe_types=safe_types, digests=False)
+            return path, load(path, map_location=map_location, safe_types=safe_types, shards=shards)
         except (VersionTooOldError, VersionTooNewError):
             if verifies(path, safe_types):
                 raise
@@ -117,7 +121,10 @@ def check_run_name(run_name: object) -> None:
 
 
 def listed(folder: Path, run_name: str | None) -> list[Found]:
-    """Files named as checkpoints, rising by (epoch, iteration, time of change, name)."""
+    """What is named as a checkpoint, rising by (epoch, iteration, time of change, name).
+
+    A folder without its main file is none: its writer is not done, or was killed.
+    """
     found: list[Found] = []
     try:
         entries = list(folder.iterdir())
@@ -127,8 +134,11 @@ def listed(folder: Path, run_name: str | None) -> list[Found]:
         name = parse_name(path.name)
         if name is not None and run_name in (None, name.run_name):
             try:
-                found.append(Found(path, name, path.stat().st_mtime_ns))
+                main = path / MAIN_FILE if name.is_sharded else path
+                found.append(Found(path, name, main.stat().st_mtime_ns))
             except OSError as error:  # a link to nothing, or deleted since
+                if name.is_sharded and isinstance(error, FileNotFoundError | NotADirectoryError):
+                    continue
                 _LOGGER.warning("skipped %s: %s", path, error)
     found.sort(key=lambda f: (f.name.epoch, f.name.iteration, f.mtime_ns, f.path.name))
     return found
@@ -137,7 +147,8 @@ def listed(folder: Path, run_name: str | None) -> list[Found]:
 def pth_files(root: Path, *, recursive: bool) -> list[Path]:
     """What is named ``.pth`` in a folder and is no folder, sorted; folders below it that cannot be read are among it.
 
-    So somebody hears of them: nobody knows what is in them. Links to folders are not followed.
+    So somebody hears of them: nobody knows what is in them. Links to folders are not followed, and sharded checkpoints
+    are not looked into.
 
     Raises:
         OSError: `root` cannot be read, or is no folder.
@@ -149,8 +160,25 @@ def pth_files(root: Path, *, recursive: bool) -> list[Path]:
             raise error
         found.append(Path(error.filename))
 
-    for folder, _, names in os.walk(root, onerror=add):
+    for folder, folders, names in os.walk(root, onerror=add):
         found += [Path(folder, name) for name in names if name.endswith(".pth")]
+        folders[:] = [name for name in folders if not name.endswith(SHARDED_SUFFIX)]
+        if not recursive:
+            break
+    return sorted(found)
+
+
+def sharded_folders(root: Path, *, recursive: bool) -> list[Path]:
+    """The sharded checkpoints in a folder, sorted: what is named ``.dcp`` and has a main file. Links are followed.
+
+    Raises:
+        OSError: `root` cannot be read, or is no folder.
+    """
+    found: list[Path] = []
+    for folder, folders, _ in os.walk(root):
+        mine = [name for name in folders if name.endswith(SHARDED_SUFFIX)]
+        found += [Path(folder, name) for name in mine if os.path.lexists(Path(folder, name, MAIN_FILE))]
+        folders[:] = [name for name in folders if name not in mine]
         if not recursive:
             break
     return sorted(found)

@@ -16,9 +16,10 @@ from helios.chkpt._format.archive import Archive, open_file, reader
 from helios.chkpt._format.dtypes import ITEM_BYTES
 from helios.chkpt._format.layout import MANIFEST
 from helios.chkpt._format.values import Call, Storage, Tensor
-from helios.chkpt._naming import CheckpointName, parse_name
+from helios.chkpt._naming import CheckpointName, main_file, parse_name
 from helios.chkpt._places import Place, brief, is_leaf, key_text, kind_of, parts_at, tensor_of
 from helios.chkpt._read import Contents, read_contents
+from helios.chkpt._sharded.manifest import ShardedTensor, filled, read_shards
 from helios.chkpt._spans import components
 
 
@@ -28,14 +29,14 @@ class Entry:
 
     Attributes:
         place: where it is; `path` is its text.
-        kind: its type, such as ``tensor``, ``int`` or ``tuple``; for something of an earlier release or foreign, the
-            name of what its pickle would call.
+        kind: its type, such as ``tensor``, ``sharded tensor``, ``int`` or ``tuple``; for something of an earlier
+            release or foreign, the name of what its pickle would call.
         value: a short text, the shape included; at most 80 characters, all printable.
         dtype: of a tensor, such as ``bfloat16``; else None.
         shape: of a tensor, else None.
         num_bytes: of a tensor's elements, in this view; else None.
-        storage: the record that a tensor is in is ``data/<storage>``; else None.
-        sha256: of that record, as the file says; None in files of earlier releases.
+        storage: the record that a tensor is in is ``data/<storage>``; of a tensor in shards its name in DCP; else None.
+        sha256: of that record, as the file says; None in files of earlier releases, and for a tensor in shards.
         shared_with: the first place of the same memory or of the same container; None if this is the first.
     """
 
@@ -62,21 +63,24 @@ class Entry:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What is known of a file without reading its tensors.
+    """What is known of a checkpoint without reading its tensors.
 
     Attributes:
-        path: the file.
-        num_bytes: its size.
+        path: the file or folder.
+        num_bytes: its size, that of all files together.
         version: of the release that wrote it, None if it does not say.
         schema: number of its structure; None in files without a manifest: those of earlier releases.
-        digest: SHA-256 of its manifest, and so of all it holds: equal for files of equal bytes; None without one.
+        digest: SHA-256 of its manifest, and so of all it holds: equal for files of equal bytes; None without one. That
+            of a folder is its main file's, which has the digests of all others.
         score: what was noted for retention, None if nothing.
         name: the parts of its name; None if that is no name of a checkpoint.
         keys: of the dictionary, as text. Empty, as is all that follows, in a file of a later major release.
         foreign: names of classes and functions in it that are neither plain values nor tensors. None was called.
-        num_tensor_bytes: of all records that tensors are in.
+        num_tensor_bytes: of all records that tensors are in, and of all tensors in shards.
         entries: its values, in the order of the file, those of inner containers included.
         load_error: what `load` would say instead of loading it; None if it would try.
+        num_shard_files: files in the folder of shards; 0 for a file.
+        num_shard_bytes: their size, as the main file has it.
     """
 
     path: Path
@@ -91,6 +95,8 @@ class CheckpointInfo:
     num_tensor_bytes: int
     entries: tuple[Entry, ...]
     load_error: CheckpointError | None = None
+    num_shard_files: int = 0
+    num_shard_bytes: int = 0
 
     @property
     def tensors(self) -> tuple[Entry, ...]:
@@ -112,11 +118,13 @@ class CheckpointInfo:
 def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
     """Say what is in a checkpoint. Imports no torch and reads no tensor, so it costs the same at any size.
 
+    Of a folder that `save_sharded` wrote, it reads the main file, and lists the tensors in shards in their places.
+
     Files of earlier and of later releases are described as well, and so are those that `load` refuses: nothing in a
     file is imported or called. The structure, the manifest and the pickle are checked as `load` does.
 
     Args:
-        path: the file.
+        path: the file or folder.
 
     Raises:
         FileNotFoundError, IsADirectoryError, OSError: the file cannot be read.
@@ -124,13 +132,20 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
         TypeError, ValueError: `path` is no path.
     """
     target = as_path("path", path)
-    with open_file(target) as file:
-        contents = read_contents(file, target)
+    main = main_file(target)
+    with open_file(main) as file:
+        contents = read_contents(file, main)
         digest = _digest(file, contents.archive)
+    shards = None
+    if main != target and not contents.archive.is_newer:
+        shards = read_shards(contents.values, main)
+        filled(contents.values, shards, main)
     manifest = contents.archive.manifest
+    num_shard_bytes = sum(file.num_bytes for file in shards.files) if shards else 0
+    num_tensor_bytes = sum(record.num_bytes for record in contents.archive.storages.values())
     return CheckpointInfo(
         path=target,
-        num_bytes=contents.archive.num_bytes,
+        num_bytes=contents.archive.num_bytes + num_shard_bytes,
         version=version_of(contents),
         schema=None if manifest is None else manifest.schema,
         digest=digest,
@@ -138,9 +153,12 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
         name=parse_name(target.name),
         keys=tuple(_key(key) for key in contents.values),
         foreign=contents.foreign,
-        num_tensor_bytes=sum(record.num_bytes for record in contents.archive.storages.values()),
+        num_tensor_bytes=num_tensor_bytes
+        + (sum(spread.num_bytes for spread in shards.by_name.values()) if shards else 0),
         entries=tuple(_entries(contents)),
         load_error=load_error(contents),
+        num_shard_files=len(shards.files) if shards else 0,
+        num_shard_bytes=num_shard_bytes,
     )
 
 
@@ -197,7 +215,7 @@ def _entries(contents: Contents) -> list[Entry]:
 def _tensor_entry(place: Place, value: object, tensor: Tensor, archive: Archive) -> Entry:
     num_bytes = math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
     key = tensor.storage.key
-    sha256 = archive.storages[key].sha256
+    sha256 = None if isinstance(tensor, ShardedTensor) else archive.storages[key].sha256
     return Entry(place, kind_of(value), brief(tensor), tensor.dtype, tensor.shape, num_bytes, key, sha256)
 
 
@@ -224,10 +242,11 @@ def tied(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
 
     A tensor with holes counts as the whole of its extent. Empty tensors are in no group.
     """
-    by_storage: dict[str, list[int]] = {}
+    by_storage: dict[tuple[str, bool], list[int]] = {}
     for position, tensor in enumerate(tensors):
         if 0 not in tensor.shape:
-            by_storage.setdefault(tensor.storage.key, []).append(position)
+            key = tensor.storage.key, isinstance(tensor, ShardedTensor)
+            by_storage.setdefault(key, []).append(position)
     groups: list[tuple[int, ...]] = []
     for positions in by_storage.values():
         for component in components([_extent(tensors[position]) for position in positions]):

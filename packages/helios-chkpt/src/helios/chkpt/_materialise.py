@@ -134,6 +134,18 @@ def _restorer(
     return restore
 
 
+def placer(map_location: MapLocation) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that puts a new contiguous tensor of the CPU where `load` would put it."""
+    restore = _restorer(map_location)
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        storage = restore(tensor.untyped_storage(), "cpu")
+        empty = torch.empty(0, dtype=tensor.dtype, device=storage.device)
+        return set_storage(empty, storage, 0, tensor.shape, tensor.stride())
+
+    return place
+
+
 class _Maker:
     """Makes objects of descriptions, each once, so that what is shared stays shared."""
 

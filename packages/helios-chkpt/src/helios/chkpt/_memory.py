@@ -37,7 +37,11 @@ def stated(state: Mapping[str, object]) -> State:
     Raises:
         TypeError, ValueError: as `snapshot`, or `state` has a key ``version``.
     """
-    taken = _snapshot(state)
+    return in_memory(_snapshot(state))
+
+
+def in_memory(taken: Snapshot) -> State:
+    """As `stated`, of what `snapshot` gave."""
     contents = [bytes_of(piece) for piece in taken.pieces]
     sources = [Memory(memory_of(content), may_change=True) for content in contents]
     return State(taken.values, sources, contents)

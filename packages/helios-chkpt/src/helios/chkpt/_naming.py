@@ -1,4 +1,4 @@
-"""Names of checkpoint files: ``<run>_epoch_<epoch>_iter_<iteration>[_<metadata>].pth``. Pure functions."""
+"""Names of checkpoints: ``<run>_epoch_<epoch>_iter_<iteration>[_<metadata>].pth``, or ``.dcp``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import os
 import re
 import unicodedata
 from dataclasses import dataclass
+from pathlib import Path
 
-from helios.chkpt._arguments import check_count
+from helios.chkpt._arguments import check_bool, check_count
 
 MAX_NAME_BYTES = 255  # NAME_MAX of every file system in use
 
+SHARDED_SUFFIX = ".dcp"
+"""How the name of a sharded checkpoint ends, which is a folder."""
+
+MAIN_FILE = "helios.pth"
+"""The file in it that makes it a checkpoint."""
+
 _NUMBER = "(0|[1-9][0-9]*)"
 # `.+` takes as much as it can, so the last `_epoch_N_iter_M` of the name is the one that counts.
-_PATTERN = re.compile(f"(.+)_epoch_{_NUMBER}_iter_{_NUMBER}(?:_(.+))?\\.pth", re.DOTALL)
+_PATTERN = re.compile(f"(.+)_epoch_{_NUMBER}_iter_{_NUMBER}(?:_(.+))?(\\.pth|\\.dcp)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -25,12 +32,14 @@ class CheckpointName:
         epoch: the epoch in progress or just ended, from 0.
         iteration: iterations done, from 0.
         metadata: free text at the end of the name, empty for none.
+        is_sharded: it is a folder, ``.dcp``, that `save_sharded` writes; else a file, ``.pth``.
     """
 
     run_name: str
     epoch: int
     iteration: int
     metadata: str = ""
+    is_sharded: bool = False
 
 
 def format_name(name: CheckpointName) -> str:
@@ -50,8 +59,10 @@ def format_name(name: CheckpointName) -> str:
         raise ValueError("run_name: expected at least one character, got ''")
     check_count("epoch", name.epoch, at_least=0)
     check_count("iteration", name.iteration, at_least=0)
-    suffix = f"_{name.metadata}" if name.metadata else ""
-    text = f"{name.run_name}_epoch_{name.epoch}_iter_{name.iteration}{suffix}.pth"
+    check_bool("is_sharded", name.is_sharded)
+    end = f"_{name.metadata}" if name.metadata else ""
+    end += SHARDED_SUFFIX if name.is_sharded else ".pth"
+    text = f"{name.run_name}_epoch_{name.epoch}_iter_{name.iteration}{end}"
     num_bytes = len(os.fsencode(text))
     if num_bytes > MAX_NAME_BYTES:
         raise ValueError(
@@ -81,8 +92,18 @@ def parse_name(filename: str) -> CheckpointName | None:
         return None
     if _num_bytes(filename) > MAX_NAME_BYTES:
         return None
-    run_name, epoch, iteration, metadata = match.groups()
-    return CheckpointName(run_name, int(epoch), int(iteration), metadata or "")
+    run_name, epoch, iteration, metadata, suffix = match.groups()
+    return CheckpointName(run_name, int(epoch), int(iteration), metadata or "", suffix == SHARDED_SUFFIX)
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a path is a folder that is named as a sharded checkpoint is."""
+    return (path.name or path.resolve().name).endswith(SHARDED_SUFFIX) and path.is_dir()
+
+
+def main_file(path: Path) -> Path:
+    """The file that says whether, and since when, there is a checkpoint: its own, or that in the folder."""
+    return path / MAIN_FILE if is_sharded(path) else path
 
 
 def check_text(name: str, value: object) -> None:

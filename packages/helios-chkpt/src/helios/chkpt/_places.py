@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple, TypeVar
 
 from helios.chkpt._format.values import Call, Global, Storage, Tensor
+from helios.chkpt._sharded.manifest import ShardedTensor
 
 MAX_TEXT = 80
 """Characters of a text that are shown."""
@@ -121,6 +122,8 @@ def kind_of(value: object) -> str:
         if isinstance(value, Call) and str(value.function) in _SPECIAL:
             return _SPECIAL[str(value.function)]
         return _cut(str(value.function if isinstance(value, Call) else value))
+    if isinstance(value, ShardedTensor):
+        return "sharded tensor"
     return {Tensor: "tensor", Storage: "storage", type(None): "None"}.get(type(value), type(value).__name__)
 
 
@@ -146,6 +149,8 @@ def _text(value: object, levels: int) -> str:
         return repr(value) if len(value) <= MAX_TEXT else f"{value[:MAX_TEXT]!r}..."
     if is_atom(value):
         return repr(value)
+    if isinstance(value, ShardedTensor):
+        return f"{value.dtype} {shape_text(value.shape)}, {value.spread.text}"
     if isinstance(value, Tensor):
         return f"{value.dtype} {shape_text(value.shape)}"
     if isinstance(value, Storage):

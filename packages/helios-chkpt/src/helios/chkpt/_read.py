@@ -15,6 +15,7 @@ from helios.chkpt._format.calls import KNOWN, MalformedError
 from helios.chkpt._format.decode import Decoded, TooDeepError, decode
 from helios.chkpt._format.scan import names_in
 from helios.chkpt._format.torch_zip import corrupt
+from helios.chkpt._naming import is_sharded, main_file
 from helios.chkpt._places import key_text
 from helios.chkpt._versions import MAJOR, check_version, major_of, too_new
 
@@ -34,20 +35,23 @@ def load(
     verify: bool = True,
     safe_types: Sequence[type] = (),
     keys: Iterable[str] | None = None,
+    shards: bool = True,
 ) -> dict[str, object]:
-    """Read a checkpoint.
+    """Read a checkpoint: a file, or the folder that `save_sharded` wrote.
 
-    The structure of the file, its manifest and its pickle are always checked.
+    The structure of the file, its manifest and its pickle are always checked. Of a folder everything comes into this
+    process, which needs no process group: what was a DTensor comes as a plain whole tensor.
 
     Args:
-        path: the file.
+        path: the file or folder.
         map_location: where tensors go, as for `torch.load`; checkpoints hold CPU tensors.
         mmap: map the tensors instead of reading them; None is False. The file must not be changed in place
-            while they are in use (`save` never does that).
-        verify: compare the CRC-32 of every record that is read.
+            while they are in use (`save` never does that). Tensors in shards cannot be mapped.
+        verify: compare the CRC-32 of every record that is read, and the SHA-256 of all shards.
         safe_types: classes that may be made from the file in addition to plain values and tensors, in this
             call only.
         keys: read these keys of the dictionary only, and only their tensors; None reads all.
+        shards: read tensors in shards; otherwise there is None where they belong, and shards are not looked at.
 
     Returns:
         What was saved, with the key ``version`` added.
@@ -56,16 +60,23 @@ def load(
         FileNotFoundError, IsADirectoryError, OSError: the file cannot be read.
         CheckpointError: one of its subclasses, by what is wrong with the file.
         KeyError: the file has no such key.
-        TypeError, ValueError: a wrong argument.
+        TypeError, ValueError: a wrong argument, or `mmap` for a folder.
         RuntimeError: from torch, if `map_location` names a device that is not there.
     """
     from helios.chkpt._materialise import materialise  # torch: not needed to verify or to inspect
 
     target = as_path("path", path)
     check_bool("verify", verify)
+    check_bool("shards", shards)
     if mmap is not None:
         check_bool("mmap", mmap)
     types = check_types(safe_types)
+    if is_sharded(target):
+        from helios.chkpt._sharded.read import load_folder
+
+        if mmap and shards:
+            raise ValueError("mmap: tensors in shards cannot be mapped; expected False or None for a folder")
+        return load_folder(target, map_location, verify, safe_types, keys, shards)
     with open_file(target) as file:
         contents = read_contents(file, target)
         contents.check(types)
@@ -83,15 +94,16 @@ def load(
 
 
 def verify(path: str | os.PathLike[str], *, safe_types: Sequence[type] = (), digests: bool = True) -> None:
-    """Check that a file is a whole checkpoint: its structure, every record, and what its pickle says.
+    """Check that a file or folder is a whole checkpoint: its structure, every record, and what its pickle says.
 
     The version is not judged: a file of another major release that is whole passes, and `load` says what to
     do with it. Does not import torch.
 
     Args:
-        path: the file.
+        path: the file, or the folder that `save_sharded` wrote.
         safe_types: as for `load`.
-        digests: compare the SHA-256 of every record; otherwise only the CRC-32, which is three times as fast.
+        digests: compare the SHA-256 of every record; otherwise only the CRC-32, which is three times as fast. Shards
+            have a SHA-256 only.
 
     Raises:
         FileNotFoundError, IsADirectoryError, OSError: the file cannot be read.
@@ -101,6 +113,11 @@ def verify(path: str | os.PathLike[str], *, safe_types: Sequence[type] = (), dig
     target = as_path("path", path)
     check_bool("digests", digests)
     types = check_types(safe_types)
+    if is_sharded(target):
+        from helios.chkpt._sharded.verify import verify_folder
+
+        verify_folder(target, types, digests=digests)
+        return
     with open_file(target) as file:
         contents = read_contents(file, target)
         check_records(file, contents.archive, digests=digests)
@@ -109,9 +126,9 @@ def verify(path: str | os.PathLike[str], *, safe_types: Sequence[type] = (), dig
 
 
 def read_score(path: Path) -> float | None:
-    """The score that was noted in a file; None if there is none, or the file cannot be read."""
+    """The score that was noted in a checkpoint; None if there is none, or it cannot be read."""
     try:
-        with open_file(path) as file:
+        with open_file(main_file(path)) as file:
             manifest = open_archive(file, path).manifest
     except (CheckpointError, OSError):
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,16 +26,26 @@ _PLAIN = (
 )
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where a value is in the state; text only when a message needs it."""
 
-    parent: _Place | None
+    parent: Place | None
     key: object
     is_index: bool = False
 
+    @property
+    def keys(self) -> tuple[object, ...]:
+        """The keys and indices that lead there."""
+        keys: list[object] = []
+        place: Place | None = self
+        while place is not None:
+            keys.append(place.key)
+            place = place.parent
+        return tuple(reversed(keys))
+
     def __str__(self) -> str:
         pieces: list[str] = []
-        place: _Place | None = self
+        place: Place | None = self
         while place is not None:
             key = place.key
             if isinstance(key, str) and key.isidentifier() and not place.is_index:
@@ -46,6 +56,9 @@ class _Place(NamedTuple):
         return "".join(reversed(pieces))
 
 
+Divert = Callable[[torch.Tensor, Place], bool]
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A state as it is stored.
@@ -53,17 +66,20 @@ class Snapshot:
     Attributes:
         values: what the pickle says, see `helios.chkpt._format.values`.
         pieces: the records that tensors are in: storage ``n`` is ``pieces[n]``.
+        leaves: its strided tensors, in the order of the state.
     """
 
     values: dict[str, object]
     pieces: list[_tensors.Piece]
+    leaves: list[_tensors.Leaf]
 
 
-def snapshot(state: Mapping[str, object]) -> Snapshot:
+def snapshot(state: Mapping[str, object], divert: Divert | None = None) -> Snapshot:
     """What `save` stores of `state`: new containers around descriptions of its tensors, which are not copied.
 
     Args:
         state: a mapping with text keys; values as the README lists them.
+        divert: asked of each tensor; where it says True, None is stored instead.
 
     Raises:
         TypeError: a value is not plain; the message says where it is.
@@ -76,27 +92,29 @@ def snapshot(state: Mapping[str, object]) -> Snapshot:
     for key in items:
         if type(key) is not str:
             raise TypeError(f"state: expected str keys, got the key {key!r} of type {_name(key)}")
-    walk = _Walk()
+    walk = _Walk(divert)
     try:
-        values = {key: walk.value(value, _Place(None, key), 1) for key, value in items.items()}
+        values = {key: walk.value(value, Place(None, key), 1) for key, value in items.items()}
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     pieces = _tensors.pieces_of(walk.leaves)
     for call in walk.quantised:
         _tensors.complete_quantised(call)
-    return Snapshot(values, pieces)
+    return Snapshot(values, pieces, walk.leaves)
 
 
 class _Walk:
     """One walk over a state. Remembers what it has converted, so what is shared stays shared."""
 
-    def __init__(self) -> None:
+    def __init__(self, divert: Divert | None) -> None:
         self.leaves: list[_tensors.Leaf] = []
         self.quantised: list[Call] = []
+        self._divert = divert
+        self._num_diverted = 0
         self._done: dict[int, object] = {}
         self._open: set[int] = set()
 
-    def value(self, value: object, place: _Place, depth: int) -> object:
+    def value(self, value: object, place: Place, depth: int) -> object:
         """The stored form of a value."""
         kind = type(value)
         if kind in _ATOMS:
@@ -105,6 +123,9 @@ class _Walk:
             return _sized(value, place)
         if kind in (dict, OrderedDict, Counter, list, tuple):  # MultiStepLR has a Counter
             return self._container(value, place, depth)
+        if self._divert is not None and isinstance(value, torch.Tensor) and self._divert(value, place):
+            self._num_diverted += 1
+            return None
         if kind is torch.Tensor or kind is torch.nn.Parameter:
             assert isinstance(value, torch.Tensor)
             return self._tensor(value, place)
@@ -113,7 +134,7 @@ class _Walk:
             return _sized(number, place)
         raise TypeError(f"{place}: {_name(value)} cannot be stored. {_advice(value)}")
 
-    def _container(self, value: object, place: _Place, depth: int) -> object:
+    def _container(self, value: object, place: Place, depth: int) -> object:
         if id(value) in self._done:
             return self._done[id(value)]
         if id(value) in self._open:
@@ -121,32 +142,35 @@ class _Walk:
         if depth > MAX_DEPTH:
             raise ValueError(f"{place}: nested more than {MAX_DEPTH} containers deep; flatten the state")
         self._open.add(id(value))
+        num_diverted = self._num_diverted
         stored: object
         if isinstance(value, dict):
             stored = self._mapping(value, place, depth)
         else:
             assert isinstance(value, list | tuple)
-            parts = [self.value(v, _Place(place, i, True), depth + 1) for i, v in enumerate(value)]
+            parts = [self.value(v, Place(place, i, True), depth + 1) for i, v in enumerate(value)]
             stored = parts if isinstance(value, list) else tuple(parts)
         self._open.remove(id(value))
-        self._done[id(value)] = stored
+        if type(value) is not tuple or num_diverted == self._num_diverted:
+            # A tuple is made anew where something is put into it later: then each place is one of its own.
+            self._done[id(value)] = stored
         return stored
 
-    def _mapping(self, value: dict[object, object], place: _Place, depth: int) -> dict[object, object]:
+    def _mapping(self, value: dict[object, object], place: Place, depth: int) -> dict[object, object]:
         stored = type(value)()
         for key, item in value.items():
-            here = _Place(place, key)
+            here = Place(place, key)
             stored[_key(key, here, 0)] = self.value(item, here, depth + 1)
         if isinstance(stored, OrderedDict):
             # Module.state_dict() keeps the versions of its modules in this attribute.
             for name, item in vars(value).items():
-                here = _Place(place, name)
+                here = Place(place, name)
                 if name != "_metadata":
                     raise TypeError(f"{here}: an OrderedDict with this attribute cannot be stored. Remove it")
                 stored.__dict__[name] = self.value(item, here, depth + 1)
         return stored
 
-    def _tensor(self, tensor: torch.Tensor, place: _Place) -> object:
+    def _tensor(self, tensor: torch.Tensor, place: Place) -> object:
         if id(tensor) in self._done:
             return self._done[id(tensor)]
         reason = _tensors.unsupported(tensor)
@@ -173,7 +197,7 @@ class _Walk:
         return self.leaves[-1].stored
 
 
-def _key(key: object, place: _Place, depth: int) -> object:
+def _key(key: object, place: Place, depth: int) -> object:
     kind = type(key)
     if kind in _ATOMS:
         return key
@@ -190,7 +214,7 @@ def _key(key: object, place: _Place, depth: int) -> object:
     )
 
 
-def _sized(value: object, place: _Place) -> object:
+def _sized(value: object, place: Place) -> object:
     """`value`, an int, a text or bytes, unless it is too big for the pickles that weights_only reads."""
     if isinstance(value, int):
         # For negative numbers one more fits: ~x is what two's complement stores.
@@ -223,6 +247,8 @@ def _name(value: object) -> str:
 
 
 def _advice(value: object) -> str:
+    if hasattr(value, "full_tensor"):  # a DTensor
+        return "Use save_sharded, or store its full_tensor()"
     for kind, advice in (
         (torch.Tensor, "Store a plain tensor instead, as `x.detach().as_subclass(torch.Tensor)` may give"),
         (dict, "Store dict(x)"),

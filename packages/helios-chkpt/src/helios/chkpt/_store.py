@@ -11,19 +11,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from helios.chkpt._arguments import as_path, check_score
+from helios.chkpt._arguments import as_path, check_bool, check_score
 from helios.chkpt._atomic import orphans, sweep
 from helios.chkpt._find import check_run_name, find_last_checkpoint, listed, verifies
 from helios.chkpt._job import SaveJob
 from helios.chkpt._naming import CheckpointName, format_name, parse_name
 from helios.chkpt._read import read_score, verify
 from helios.chkpt._retention import Candidate, Retention, deletable
+from helios.chkpt._sharded.folder import delete, identity, sweep_folders
 from helios.chkpt._write import write_state
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from helios.chkpt._memory import Staging, State
 
 _LOGGER = logging.getLogger("helios.chkpt")
+_LEFT = "deleted %s, left by a writer that was killed"
 
 
 class CheckpointStore:
@@ -40,6 +44,8 @@ class CheckpointStore:
         keep_last: keep this many good checkpoints and delete older ones after each save; None keeps all.
         keep_every: of the older ones, keep those whose iteration is a multiple of this.
         keep_best: of the older ones, keep this many: those of the highest scores.
+        is_writer: whether this is the process that makes the folder, sweeps it and deletes old checkpoints: of several
+            that `save_sharded` together, rank 0. A store in another process changes nothing but its own shards.
 
     Raises:
         TypeError, ValueError: a wrong argument.
@@ -54,7 +60,10 @@ class CheckpointStore:
         *,
         keep_every: int | None = None,
         keep_best: int | None = None,
+        is_writer: bool = True,
     ) -> None:
+        check_bool("is_writer", is_writer)
+        self._is_writer = is_writer
         self._root = as_path("root", root)
         check_run_name(run_name)
         format_name(CheckpointName(run_name, 0, 0))
@@ -65,7 +74,8 @@ class CheckpointStore:
         self._closed = False
         self._newest: Path | None = None
         self._verified: dict[Path, tuple[int, ...]] = {}
-        self._root.mkdir(parents=True, exist_ok=True)
+        if is_writer:
+            self._root.mkdir(parents=True, exist_ok=True)
         self._sweep()
 
     def save(
@@ -99,6 +109,7 @@ class CheckpointStore:
         from helios.chkpt._memory import stated  # torch: not needed to list, find and prune
 
         self.wait()
+        self._check_writer()
         path = self._path(epoch, iteration, metadata)
         self._write(stated(state), path, check_score(score), in_background=False)
         return path
@@ -128,6 +139,7 @@ class CheckpointStore:
         from helios.chkpt._memory import Staging  # as in `save`
 
         self.wait()
+        self._check_writer()
         path = self._path(epoch, iteration, metadata)
         if self._staging is None:
             self._staging = Staging()
@@ -136,6 +148,56 @@ class CheckpointStore:
         job = SaveJob(path, lambda: self._write(staged, path, number, in_background=True))
         self._job = job  # before it starts: whatever interrupts that, the job is waited for
         job.start()
+        return path
+
+    def save_sharded(
+        self,
+        state: Mapping[str, object],
+        *,
+        epoch: int,
+        iteration: int,
+        metadata: str = "",
+        score: float | None = None,
+        group: ProcessGroup | None = None,
+    ) -> Path:
+        """Save like `helios.chkpt.save_sharded`, under the name of this run, epoch and iteration; then prune.
+
+        Every process of the group has to call it, each on a store of its own for the same folder and run: rank 0 on one
+        that is the writer, the others on one that is not. What is kept, and the score, are up to that of rank 0.
+
+        Args:
+            state: what to save, the same in all processes but for the shards.
+            epoch: part of the name, from 0.
+            iteration: part of the name, from 0.
+            metadata: end of the name, empty for none.
+            score: as for `save`.
+            group: as for `helios.chkpt.save_sharded`.
+
+        Returns:
+            The path of the checkpoint, a folder.
+
+        Raises:
+            TypeError, ValueError, OSError: as `helios.chkpt.save_sharded`; or the error of an earlier `save_async` of
+                rank 0, and then this state was not saved.
+            CheckpointError: with `keep_last`, the new checkpoint did not pass `verify`; nothing was deleted.
+        """
+        from helios.chkpt._sharded.ranks import Ranks  # as in `save`
+        from helios.chkpt._sharded.write import Job, verify_together, write_folder
+
+        ranks = Ranks.of(group)
+
+        def job() -> Job:
+            self.wait()
+            if self._is_writer != (ranks.rank == 0):
+                raise ValueError(f"is_writer: expected {ranks.rank == 0} in the store of this rank")
+            return Job(state, self._path(epoch, iteration, metadata, is_sharded=True), check_score(score))
+
+        path = write_folder(job, ranks)
+        self._newest = path
+        if ranks.agree(lambda: self._is_writer and self._retention.deletes)[0]:
+            verify_together(path, ranks)
+            ranks.agree(lambda: self._keep(path))
+        self._sweep()
         return path
 
     def last(self) -> Path | None:
@@ -155,6 +217,7 @@ class CheckpointStore:
         what this store saved last.
         """
         self.wait()
+        self._check_writer()
         return self._prune()
 
     def wait(self) -> None:
@@ -202,13 +265,31 @@ class CheckpointStore:
         Not only at the start: worker processes that a killed writer had forked inherit its lock, and live on
         for some seconds.
         """
+        if not self._is_writer:
+            return
         with contextlib.suppress(OSError):  # the folder is gone, or worse: whoever saves next will say so
             for temp, target in orphans(self._root):
                 if _is_of_run(target, self._run_name) and sweep(temp):
-                    _LOGGER.info("deleted %s, left by a writer that was killed", temp)
+                    _LOGGER.info(_LEFT, temp)
+            for path in sweep_folders(self._root, lambda name: _is_of_run(name, self._run_name)):
+                _LOGGER.info(_LEFT, path)
 
-    def _path(self, epoch: int, iteration: int, metadata: str) -> Path:
-        return self._root / format_name(CheckpointName(self._run_name, epoch, iteration, metadata))
+    def _check_writer(self) -> None:
+        if not self._is_writer:
+            raise ValueError(
+                "is_writer: this store is not the writer; it can save_sharded, with that of rank 0"
+            )
+
+    def _path(self, epoch: int, iteration: int, metadata: str, *, is_sharded: bool = False) -> Path:
+        return self._root / format_name(
+            CheckpointName(self._run_name, epoch, iteration, metadata, is_sharded=is_sharded)
+        )
+
+    def _keep(self, path: Path) -> None:
+        """In the writer: what was saved there is good, so older ones may go."""
+        if self._is_writer:
+            self._verified[path] = identity(path)
+            self._prune()
 
     def _write(self, state: State, path: Path, score: float | None, *, in_background: bool) -> None:
         write_state(state, path, score=score, in_background=in_background)
@@ -217,7 +298,7 @@ class CheckpointStore:
         if self._retention.deletes:
             try:
                 verify(path, digests=False)
-                self._verified[path] = _identity(path)
+                self._verified[path] = identity(path)
             except FileNotFoundError:
                 # Another process that keeps this run has newer ones. Nothing of ours is a reason to delete then.
                 _LOGGER.warning("%s was deleted by somebody else as soon as it was saved", path)
@@ -236,29 +317,24 @@ class CheckpointStore:
     def _is_good(self, path: Path) -> bool:
         """Whether a file verifies; one that did and has not changed is not read again."""
         try:
-            identity = _identity(path)
+            found = identity(path)
         except OSError:
             return False
-        if self._verified.get(path) == identity:
+        if self._verified.get(path) == found:
             return True
         if verifies(path):
-            self._verified[path] = identity
+            self._verified[path] = found
             return True
         return False
 
     def _delete(self, path: Path) -> bool:
         self._verified.pop(path, None)
         try:
-            path.unlink()
+            delete(path)
         except OSError as error:  # the new checkpoint is safe, so training need not stop for this
             _LOGGER.warning("could not delete %s: %s", path, error)
             return False
         return True
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _is_of_run(target: str, run_name: str) -> bool:

@@ -18,7 +18,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
-from helios.chkpt._arguments import as_path
+from helios.chkpt._arguments import as_path, check_bool
 from helios.chkpt._atomic import write_atomically
 from helios.chkpt._format import layout
 from helios.chkpt._format.encode import encode
@@ -73,18 +73,25 @@ def save(state: Mapping[str, object], path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def check_state(state: Mapping[str, object]) -> None:
+def check_state(state: Mapping[str, object], *, sharded: bool = False) -> None:
     """Check that `save` could store a state, without writing or copying it.
 
     Args:
         state: as `save` takes it.
+        sharded: check for `save_sharded` instead, which takes DTensors. Looks at the state of this process only.
 
     Raises:
         TypeError, ValueError: as `save`.
     """
-    from helios.chkpt._memory import stated  # as in `save`
+    check_bool("sharded", sharded)
+    if sharded:
+        from helios.chkpt._sharded.split import split
 
-    stated(state)
+        split(state)
+    else:
+        from helios.chkpt._memory import stated  # as in `save`
+
+        stated(state)
 
 
 def write_state(state: State, path: Path, *, score: float | None = None, in_background: bool = False) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from helios.chkpt._cli import (
+    CONVERT,
     DIFF,
     INSPECT,
     LS,
@@ -37,7 +38,7 @@ _COLUMNS = (Column("FILE", shrinks=True), Column("SCHEMA"), Column("OUTCOME"), C
 
 def helios_chkpt(arguments: Sequence[str] | None = None) -> int:
     """The console script ``helios-chkpt``; returns its exit status."""
-    return main("helios-chkpt", [LS, INSPECT, VERIFY, DIFF, MIGRATE, PRUNE], arguments)
+    return main("helios-chkpt", [LS, INSPECT, VERIFY, DIFF, CONVERT, MIGRATE, PRUNE], arguments)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

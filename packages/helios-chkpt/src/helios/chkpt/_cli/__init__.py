@@ -1,6 +1,7 @@
 """The command line, but for `migrate`, which is above this package: `helios.chkpt_migrator` puts all together."""
 
 from helios.chkpt._cli._command import Command, Status, main, path_of
+from helios.chkpt._cli._convert import CONVERT
 from helios.chkpt._cli._diff import DIFF
 from helios.chkpt._cli._inspect import INSPECT
 from helios.chkpt._cli._ls import LS
@@ -9,6 +10,7 @@ from helios.chkpt._cli._prune import PRUNE
 from helios.chkpt._cli._verify import VERIFY
 
 __all__ = [
+    "CONVERT",
     "DIFF",
     "INSPECT",
     "LS",

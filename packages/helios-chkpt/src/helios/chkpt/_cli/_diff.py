@@ -1,4 +1,4 @@
-"""``diff``: what differs in two files."""
+"""``diff``: what differs in two checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COLUMNS = (Column("PLACE", shrinks=True), Column("DIFFERENCE"), Column("A -> B"
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", metavar="A", type=path_of, help="a .pth file")
+    parser.add_argument("a", metavar="A", type=path_of, help="a .pth file, or a .dcp folder")
     parser.add_argument("b", metavar="B", type=path_of, help="another")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -15,11 +15,13 @@ from helios.chkpt._errors import (
     VersionTooNewError,
     VersionTooOldError,
 )
-from helios.chkpt._find import pth_files
+from helios.chkpt._find import pth_files, sharded_folders
 from helios.chkpt._format.archive import open_archive, open_file
 from helios.chkpt._inspect import load_error, version_of
-from helios.chkpt._naming import CheckpointName, parse_name
+from helios.chkpt._naming import CheckpointName, is_sharded, main_file, parse_name
 from helios.chkpt._read import Contents, read_contents, verify
+from helios.chkpt._sharded.folder import num_bytes_of
+from helios.chkpt._sharded.manifest import check_files, read_shards
 
 
 class State(Enum):
@@ -79,7 +81,7 @@ class Listed:
 
 
 def checkpoint_files(root: Path, *, recursive: bool) -> list[Path]:
-    """The ``.pth`` files in a folder, sorted; see `pth_files`.
+    """The ``.pth`` files and the sharded checkpoints in a folder, sorted; see `pth_files`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: it is none.
@@ -88,15 +90,16 @@ def checkpoint_files(root: Path, *, recursive: bool) -> list[Path]:
     if not root.is_dir():
         number = errno.ENOTDIR if root.exists() else errno.ENOENT
         raise OSError(number, os.strerror(number), str(root))
-    return pth_files(root, recursive=recursive)
+    return sorted(pth_files(root, recursive=recursive) + sharded_folders(root, recursive=recursive))
 
 
 def look_at(path: Path, *, verify_all: bool) -> Listed:
     """What is known of a file: its head and, if `verify_all`, every byte; never raises for what is wrong with it."""
     listed = Listed(path, parse_name(path.name))
     try:
-        status = path.stat()
-        listed = replace(listed, num_bytes=status.st_size, changed_seconds=status.st_mtime)
+        status = main_file(path).stat()
+        num_bytes = num_bytes_of(path) if is_sharded(path) else status.st_size
+        listed = replace(listed, num_bytes=num_bytes, changed_seconds=status.st_mtime)
         contents = _contents(path)
         manifest = contents.archive.manifest
         score = None if manifest is None else manifest.score
@@ -124,12 +127,19 @@ def reason_of(error: Exception, path: Path) -> str:
 
 
 def _contents(path: Path) -> Contents:
-    """What is in a file; of one with a manifest of this schema, the manifest alone: its pickle may be long."""
-    with open_file(path) as file:
-        archive = open_archive(file, path)
-        if archive.manifest is not None and not archive.is_newer:
+    """What is in a file; of one with a manifest of this schema, the manifest alone: its pickle may be long.
+
+    Of a folder its main file, and whether its shards are there.
+    """
+    main = main_file(path)
+    with open_file(main) as file:
+        archive = open_archive(file, main)
+        if archive.manifest is not None and not archive.is_newer and main == path:
             return Contents(archive, {"version": archive.manifest.version}, ())
-        return read_contents(file, path)
+        contents = read_contents(file, main)
+    if main != path and not contents.archive.is_newer:
+        check_files(path, read_shards(contents.values, main))
+    return contents
 
 
 def _state_of(error: Exception | None, verified: bool) -> State:

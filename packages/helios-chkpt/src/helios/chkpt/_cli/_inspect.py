@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from helios.chkpt._cli._command import Command, Status, path_of
 from helios.chkpt._cli._files import name_as_json, reason_of
-from helios.chkpt._cli._output import Column, print_json, print_table, size_text
+from helios.chkpt._cli._output import Column, plural, print_json, print_table, size_text
 from helios.chkpt._inspect import CheckpointInfo, Entry, inspect
 from helios.chkpt._places import printable, shape_text
 
@@ -27,7 +27,7 @@ _VALUES = (
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", type=path_of, help="a .pth file")
+    parser.add_argument("file", metavar="FILE", type=path_of, help="a .pth file, or a .dcp folder")
     parser.add_argument("--tensors", action="store_true", help="list the tensors")
     parser.add_argument("--all", action="store_true", help="list the tensors and all other values")
     parser.add_argument("--json", action="store_true", help="print JSON, always with everything")
@@ -56,6 +56,8 @@ def _summary(info: CheckpointInfo) -> list[tuple[str, str]]:
     schema = "no manifest" if info.schema is None else f"schema {info.schema}"
     lines.append(("version", f"{info.version or 'none'}, {schema}"))
     lines.append(("size", f"{size_text(info.num_bytes)} ({info.num_bytes:,} bytes)"))
+    if info.num_shard_files:
+        lines.append(("shards", f"{plural(info.num_shard_files, 'file')}, {size_text(info.num_shard_bytes)}"))
     if info.digest is not None:
         lines.append(("digest", f"sha256 {info.digest}"))
     if info.score is not None:
@@ -97,6 +99,8 @@ def _as_json(info: CheckpointInfo) -> dict[str, object]:
         "version": info.version,
         "schema": info.schema,
         "bytes": info.num_bytes,
+        "shard_files": info.num_shard_files,
+        "shard_bytes": info.num_shard_bytes,
         "digest": info.digest,
         "score": info.score,
         "keys": info.keys,

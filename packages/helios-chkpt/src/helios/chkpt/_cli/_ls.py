@@ -30,8 +30,10 @@ _BAD = frozenset({State.BAD, State.UNREADABLE, State.REFUSED})
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", metavar="ROOT", type=path_of, help="folder with .pth files")
-    parser.add_argument("--run", metavar="NAME", help="this run only; without it, all .pth files")
+    parser.add_argument("root", metavar="ROOT", type=path_of, help="folder with checkpoints")
+    parser.add_argument(
+        "--run", metavar="NAME", help="this run only; without it, all .pth files and .dcp folders"
+    )
     parser.add_argument("--recursive", action="store_true", help="in the folders below ROOT, too")
     parser.add_argument("--verify", action="store_true", help="read every byte: finds files that rotted")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -13,9 +13,11 @@ from helios.chkpt._cli._command import Command, Status, path_of
 from helios.chkpt._cli._files import checkpoint_files, reason_of
 from helios.chkpt._cli._output import plural, print_json, size_text
 from helios.chkpt._find import listed, verifies
+from helios.chkpt._naming import is_sharded
 from helios.chkpt._places import printable
 from helios.chkpt._read import read_score
 from helios.chkpt._retention import Candidate, Retention, deletable
+from helios.chkpt._sharded.folder import delete, num_bytes_of
 
 
 class _Outcome(Enum):
@@ -73,12 +75,12 @@ def _run(arguments: argparse.Namespace) -> Status:
 def _result(path: Path, is_chosen: bool, *, dry_run: bool) -> _Result:
     """Delete a file if it is chosen, and say what became of it."""
     try:
-        num_bytes = path.stat().st_size
+        num_bytes = num_bytes_of(path) if is_sharded(path) else path.stat().st_size
         if not is_chosen:
             return _Result(path, _Outcome.KEPT, num_bytes)
         if dry_run:
             return _Result(path, _Outcome.WOULD_DELETE, num_bytes)
-        path.unlink()
+        delete(path)
     except FileNotFoundError:  # its trainer prunes as well
         return _Result(path, _Outcome.DELETED, 0)
     except OSError as error:

@@ -11,6 +11,7 @@ from helios.chkpt._cli._command import Command, Status, path_of
 from helios.chkpt._cli._files import checkpoint_files, reason_of
 from helios.chkpt._cli._output import plural, print_json
 from helios.chkpt._errors import CheckpointError
+from helios.chkpt._naming import is_sharded
 from helios.chkpt._places import printable
 from helios.chkpt._read import verify
 
@@ -27,11 +28,17 @@ _WORDS = {Status.FINE: "ok", Status.BAD: "bad", Status.UNUSABLE: "unreadable"}
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "paths", metavar="FILE_OR_FOLDER", type=path_of, nargs="+", help="a .pth file, or a folder with some"
+        "paths",
+        metavar="FILE_OR_FOLDER",
+        type=path_of,
+        nargs="+",
+        help="a .pth file, a .dcp folder, or a folder with some",
     )
     parser.add_argument("--recursive", action="store_true", help="in the folders below each folder, too")
     parser.add_argument(
-        "--fast", action="store_true", help="compare CRC-32 sums only, not SHA-256: about three times as fast"
+        "--fast",
+        action="store_true",
+        help="of files compare CRC-32 sums only, not SHA-256: about three times as fast",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -52,7 +59,9 @@ def _run(arguments: argparse.Namespace) -> Status:
 
 
 def _results(path: Path, arguments: argparse.Namespace) -> Iterator[_Result]:
-    paths = checkpoint_files(path, recursive=arguments.recursive) if path.is_dir() else [path]
+    paths = [path]
+    if path.is_dir() and not is_sharded(path):
+        paths = checkpoint_files(path, recursive=arguments.recursive)
     return (_verified(file, fast=arguments.fast) for file in paths)
 
 

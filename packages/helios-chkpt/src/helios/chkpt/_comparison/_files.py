@@ -6,6 +6,8 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
+from typing import IO
 
 from helios.chkpt._arguments import as_path
 from helios.chkpt._comparison._difference import Difference, DifferenceKind
@@ -14,8 +16,10 @@ from helios.chkpt._comparison._walk import TensorPair, compare_states
 from helios.chkpt._format.archive import open_file
 from helios.chkpt._format.values import Tensor
 from helios.chkpt._inspect import tied
+from helios.chkpt._naming import main_file
 from helios.chkpt._places import Place, brief, shape_text
-from helios.chkpt._read import read_contents
+from helios.chkpt._read import Contents, read_contents
+from helios.chkpt._sharded.manifest import check_files, filled, read_shards
 
 
 def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> list[Difference]:
@@ -25,8 +29,11 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> list[Differenc
     against their CRC-32 and then compared bit by bit, a few MiB at a time. torch is imported only if some differ.
     Strides are not compared, and a tensor counts as tied to another if they overlap.
 
+    A folder that `save_sharded` wrote is compared as `load` gives it, so it may be equal to a file. Unless all shards
+    of both have equal digests, they are checked against these, and torch reads the tensors in them, one at a time.
+
     Args:
-        a: a file, of this release or of an earlier one.
+        a: a file, of this release or of an earlier one, or a folder with shards.
         b: another.
 
     Returns:
@@ -40,13 +47,23 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> list[Differenc
     """
     paths = as_path("a", a), as_path("b", b)
     with ExitStack() as stack:
-        files = [stack.enter_context(open_file(path)) for path in paths]
-        contents = [read_contents(file, path) for file, path in zip(files, paths, strict=True)]
+        files = [stack.enter_context(open_file(main_file(path))) for path in paths]
+        contents = [read_contents(file, main_file(path)) for file, path in zip(files, paths, strict=True)]
         for content in contents:
             content.check_schema()
-        sides = [Side(file, content.archive) for file, content in zip(files, contents, strict=True)]
+        sides = [_side(*item) for item in zip(files, contents, paths, strict=True)]
         found = compare_states(contents[0].values, contents[1].values)
         return _compare_scores(sides[0], sides[1]) + _compare_pairs(sides[0], sides[1], found)
+
+
+def _side(file: IO[bytes], contents: Contents, path: Path) -> Side:
+    """One side; of a folder, tensors in shards get into their places in its values."""
+    if main_file(path) == path:
+        return Side(file, contents.archive)
+    shards = read_shards(contents.values, main_file(path))
+    filled(contents.values, shards, main_file(path))
+    check_files(path, shards)
+    return Side(file, contents.archive, path, shards)
 
 
 def _compare_scores(a: Side, b: Side) -> list[Difference]:

@@ -12,6 +12,7 @@ import torch
 from helios.chkpt._comparison._tensors import CHUNK_BYTES, Side, UncountableError
 from helios.chkpt._format.dtypes import ITEM_BYTES
 from helios.chkpt._format.values import Tensor
+from helios.chkpt._sharded.manifest import ShardedTensor
 from helios.chkpt._tensors import set_storage
 
 _SIGN = -(2**63)
@@ -96,6 +97,27 @@ def gathered(a: Side, first: Tensor, b: Side, second: Tensor) -> Iterator[tuple[
         raise UncountableError
     x, y = _mapped(a, first), _mapped(b, second)
     yield from _pieces(x, y, CHUNK_BYTES // x.element_size())
+
+
+def assembled(a: Side, first: Tensor, b: Side, second: Tensor) -> Iterator[tuple[bytearray, bytearray]]:
+    """The elements of two tensors of which one is in shards, in one order, a chunk at a time."""
+    x, y = (_whole(side, tensor) for side, tensor in ((a, first), (b, second)))
+    yield from _pieces(x, y, CHUNK_BYTES // x.element_size())
+
+
+def _whole(side: Side, tensor: Tensor) -> torch.Tensor:
+    """A tensor as elements of integers, in memory if it is in shards."""
+    if not isinstance(tensor, ShardedTensor):
+        return _mapped(side, tensor)
+    from helios.chkpt._sharded.read import read_into, whole  # loads DCP, which takes a while
+
+    assert side.folder is not None and side.shards is not None
+    tensors = {tensor.spread.name: whole(tensor.spread)}
+    read_into(tensors, side.folder, side.shards, side.chunks)
+    item = ITEM_BYTES[tensor.dtype]
+    flat = tensors[tensor.spread.name].view(-1).view(torch.uint8).view(_BITS[item])
+    parts = _PARTS.get(item, 1)
+    return flat.view(*tensor.shape, *([parts] if parts > 1 else []))
 
 
 def _mapped(side: Side, tensor: Tensor) -> torch.Tensor:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from helios.chkpt._format.archive import Archive, check_records, reader
 from helios.chkpt._format.dtypes import ITEM_BYTES
 from helios.chkpt._format.layout import Record
 from helios.chkpt._format.values import Tensor
+from helios.chkpt._sharded.manifest import ShardedTensor, Shards, check_digests
+from helios.chkpt._sharded.metadata import Chunk
+from helios.chkpt._sharded.verify import chunks_of
 
 if TYPE_CHECKING:
     from helios.chkpt._comparison._numbers import Counts
@@ -25,28 +30,43 @@ class UncountableError(Exception):
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two files.
+    """One of the two checkpoints.
 
     Attributes:
-        file: open.
+        file: open; of a folder its main file.
         archive: what is known of it.
+        folder: of a folder, where it is; None for a file.
+        shards: of a folder, what is in its shards.
     """
 
     file: IO[bytes]
     archive: Archive
+    folder: Path | None = None
+    shards: Shards | None = None
+
+    @cached_property
+    def chunks(self) -> dict[str, list[Chunk]]:
+        """Where the elements of each tensor in shards are."""
+        assert self.folder is not None and self.shards is not None
+        return chunks_of(self.folder, self.shards)
 
     def record_of(self, tensor: Tensor) -> Record:
         """The record that a tensor is in."""
         return self.archive.storages[tensor.storage.key]
 
     def check(self, tensors: Sequence[Tensor]) -> None:
-        """CorruptError unless the records of these tensors are what was written, by their CRC-32."""
-        names = {self.record_of(tensor).name for tensor in tensors}
+        """CheckpointError unless the records of these tensors, and the shards if one is there, are what was written."""
+        names = {self.record_of(tensor).name for tensor in tensors if not isinstance(tensor, ShardedTensor)}
         check_records(self.file, self.archive, names=sorted(names))
+        if self.folder is not None and self.shards is not None and len(names) < len(tensors):
+            check_digests(self.folder, self.shards, self.shards.files)
 
 
 def is_known_equal(a: Side, first: Tensor, b: Side, second: Tensor) -> bool:
     """Whether two tensors of the same dtype and shape are equal by what the files say, without reading them."""
+    if isinstance(first, ShardedTensor) or isinstance(second, ShardedTensor):
+        is_one_content = a.shards is not None and b.shards is not None and a.shards.files == b.shards.files
+        return is_one_content and first.storage.key == second.storage.key
     digests = a.record_of(first).sha256, b.record_of(second).sha256
     return digests[0] is not None and digests[0] == digests[1] and _is_same_view(first, second)
 
@@ -54,14 +74,18 @@ def is_known_equal(a: Side, first: Tensor, b: Side, second: Tensor) -> bool:
 def compare_elements(a: Side, first: Tensor, b: Side, second: Tensor) -> Counts | None:
     """How the elements of two tensors of the same dtype and shape differ; None if no bit does.
 
-    Memory does not grow with the tensors.
+    Memory does not grow with the tensors, unless one is in shards: then both are held as a whole.
 
     Raises:
         UncountableError: they have more elements than bytes, and are not equal for sure.
     """
     if math.prod(first.shape) == 0:
         return None
-    if _is_same_view(first, second) and _is_dense(first):
+    if isinstance(first, ShardedTensor) or isinstance(second, ShardedTensor):
+        from helios.chkpt._comparison._numbers import assembled  # torch: it is what reads shards
+
+        pieces = assembled(a, first, b, second)
+    elif _is_same_view(first, second) and _is_dense(first):
         pieces = _chunks(a, first, b, second)
     elif _is_same_view(first, second) and _are_equal_storages(a, first, b, second):
         return None

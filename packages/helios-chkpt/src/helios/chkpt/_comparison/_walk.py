@@ -195,6 +195,8 @@ def _is_same(a: object, b: object) -> bool:
 
 
 def _type_of(value: object) -> object:
+    if isinstance(value, Tensor):
+        return Tensor  # in shards or not: `load` gives the same
     return value.function if isinstance(value, Call) else type(value)
 
 
