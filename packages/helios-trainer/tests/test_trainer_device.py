@@ -8,6 +8,14 @@ import torch
 
 from helios.chkpt import load, load_last_checkpoint
 from helios.trainer import Trainer
+from helios.trainer._execution import select_executions
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def clear_torchrun(monkeypatch):
+    for name in (*TORCHRUN, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -16,7 +24,7 @@ def cuda(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: num_devices > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: num_devices)
 
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    clear_torchrun(monkeypatch)
     return fake
 
 
@@ -46,12 +54,6 @@ def test_selection(cuda, num_devices, use_cpu, gpus, device, gpu_ids):
     [
         (0, [0], r"gpus=\[0\] needs CUDA, which is not available here"),
         (2, [2], "gpus must be ids of the 2 CUDA devices here, found 2"),
-        (
-            2,
-            None,
-            r"gpus=None means the 2 devices \[0, 1\], and this release trains in one process: pass gpus=\[0\]",
-        ),
-        (4, [3, 1], r"gpus=\[3, 1\] means the 2 devices .* pass gpus=\[3\]"),
     ],
 )
 def test_refusals(cuda, num_devices, gpus, message):
@@ -60,12 +62,121 @@ def test_refusals(cuda, num_devices, gpus, message):
         Trainer(gpus=gpus)
 
 
-def test_several_processes_are_refused(monkeypatch):
+def selected(**arguments):
+    """What is chosen, in short: device, rank and local rank of each process, and what all have in common."""
+    executions = select_executions(*(arguments.get(name) for name in ("use_cpu", "gpus", "nprocs")))
+    common = {(e.world_size, e.local_world_size, e.gpu_ids, e.has_group, e.is_spawned) for e in executions}
+    assert len(common) == 1
+    return [(str(e.device), e.rank, e.local_rank) for e in executions], *common.pop()
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "arguments", "devices", "gpu_ids"),
+    [
+        (0, {"nprocs": 3}, ["cpu"] * 3, ()),
+        (4, {"use_cpu": True, "nprocs": 2}, ["cpu"] * 2, ()),
+        (2, {}, ["cuda:0", "cuda:1"], (0, 1)),
+        (4, {"gpus": [3, 1]}, ["cuda:3", "cuda:1"], (3, 1)),
+    ],
+)
+def test_several_processes_to_be_spawned(cuda, num_devices, arguments, devices, gpu_ids):
+    cuda(num_devices)
+    size = len(devices)
+    places = [(device, rank, rank) for rank, device in enumerate(devices)]
+    assert selected(**arguments) == (places, size, size, gpu_ids, True, True)
+    trainer = Trainer(**arguments)
+    assert (trainer.rank, trainer.local_rank, trainer.gpu_ids) == (0, 0, list(gpu_ids))
+    assert trainer.queue.empty()
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "arguments", "device", "gpu_ids"),
+    [
+        (0, {"nprocs": 1}, "cpu", ()),
+        (0, {}, "cpu", ()),
+        (1, {}, "cuda:0", (0,)),
+        (4, {"gpus": [2]}, "cuda:2", (2,)),
+    ],
+)
+def test_one_process_is_this_one(cuda, num_devices, arguments, device, gpu_ids):
+    cuda(num_devices)
+    assert selected(**arguments) == ([(device, 0, 0)], 1, 1, gpu_ids, False, False)
+    assert Trainer(**arguments).queue is None
+
+
+@pytest.mark.parametrize("nprocs", [1, 2, 3])
+@pytest.mark.parametrize("gpus", [None, [0, 1]])
+def test_nprocs_with_gpus(cuda, nprocs, gpus):
+    cuda(2)
+    with pytest.raises(
+        ValueError, match=f"nprocs={nprocs} is for the CPU: on CUDA there is one process for each GPU"
+    ):
+        Trainer(nprocs=nprocs, gpus=gpus)
+
+
+def set_torchrun(monkeypatch, *values):
+    for name, value in zip(TORCHRUN, (*values, "localhost", 29500), strict=True):
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "arguments", "device", "gpu_ids"),
+    [
+        (0, {}, "cpu", ()),
+        (0, {"nprocs": 6}, "cpu", ()),
+        (8, {"use_cpu": True}, "cpu", ()),
+        (2, {}, "cuda:1", (0, 1)),
+        (8, {"nprocs": 6}, "cuda:1", (0, 1)),
+        (8, {"gpus": [5, 7, 2]}, "cuda:7", (5, 7)),
+    ],
+)
+def test_a_process_of_torchrun(cuda, monkeypatch, num_devices, arguments, device, gpu_ids):
+    """The second one on the third of three machines."""
+    cuda(num_devices)
+    set_torchrun(monkeypatch, 5, 6, 1, 2)
+    assert selected(**arguments) == ([(device, 5, 1)], 6, 2, gpu_ids, True, False)
+    trainer = Trainer(**arguments)
+    assert (trainer.rank, trainer.local_rank, trainer.gpu_ids) == (5, 1, list(gpu_ids))
+    assert trainer.queue is None
+
+
+def test_the_only_process_of_torchrun_has_a_group_too(cuda, monkeypatch):
+    cuda(0)
+    set_torchrun(monkeypatch, 0, 1, 0, 1)
+    assert selected() == ([("cpu", 0, 0)], 1, 1, (), True, False)
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "arguments", "message"),
+    [
+        (
+            0,
+            {"nprocs": 2},
+            r"nprocs=2, but torchrun has started 6 processes \(WORLD_SIZE\): leave nprocs out",
+        ),
+        (8, {"gpus": [5]}, r"gpus=\[5\] has 1 ids, but torchrun has started 2 processes on this machine"),
+        (1, {}, "LOCAL_RANK is 1, and there are 1 CUDA devices here: start torchrun with --nproc-per-node=1"),
+        (0, {"gpus": [0, 1]}, r"gpus=\[0, 1\] needs CUDA, which is not available here"),
+    ],
+)
+def test_what_torchrun_contradicts(cuda, monkeypatch, num_devices, arguments, message):
+    cuda(num_devices)
+    set_torchrun(monkeypatch, 5, 6, 1, 2)
+    with pytest.raises(ValueError, match=message):
+        Trainer(**arguments)
+
+
+def test_a_world_size_alone(cuda, monkeypatch):
+    cuda(0)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE is 2: this release trains in one process"):
+    monkeypatch.setenv("RANK", "1")
+    missing = "LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
+    with pytest.raises(
+        ValueError, match=f"WORLD_SIZE is 2, but {missing} are not set: start the script with torchrun"
+    ):
         Trainer(use_cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    Trainer(use_cpu=True)
+    assert Trainer(use_cpu=True).queue is None
 
 
 @pytest.mark.parametrize("value", ["two", "", "0", "-1", "1.0"])
@@ -179,7 +290,7 @@ class Devices:
     def __init__(self, monkeypatch):
         self.seeds, self.maps, self.current = [], [], [0]
         self.states = [torch.tensor([1], dtype=torch.uint8), torch.tensor([2], dtype=torch.uint8)]
-        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        clear_torchrun(monkeypatch)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "manual_seed_all", self.seeds.append)

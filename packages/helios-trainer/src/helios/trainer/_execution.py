@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from helios.trainer._torchrun import Torchrun, check_no_part_of_torchrun, is_using_torchrun, read_torchrun
+
 
 @dataclass(frozen=True)
 class Execution:
@@ -17,7 +19,10 @@ class Execution:
         rank: number of this process in the run.
         local_rank: number of this process on its machine.
         world_size: processes in the run.
-        gpu_ids: the CUDA devices of the run; empty on the CPU.
+        gpu_ids: the CUDA devices of the run, under torchrun those on this machine; empty on the CPU.
+        local_world_size: processes on this machine.
+        has_group: whether the process belongs to a group of processes, which may be of one.
+        is_spawned: whether a Trainer in another process started it, and prepared the data.
     """
 
     device: torch.device
@@ -25,57 +30,99 @@ class Execution:
     local_rank: int = 0
     world_size: int = 1
     gpu_ids: tuple[int, ...] = ()
+    local_world_size: int = 1
+    has_group: bool = False
+    is_spawned: bool = False
 
     @property
     def is_distributed(self) -> bool:
-        """Whether other processes take part."""
-        return self.world_size > 1
+        """Whether other processes may take part."""
+        return self.has_group
 
 
-def select_execution(use_cpu: bool | None, gpus: list[int] | None) -> Execution:
-    """Choose the device: `use_cpu` wins, then `gpus`, then CUDA if there is any, else the CPU.
+def select_executions(
+    use_cpu: bool | None, gpus: list[int] | None, nprocs: int | None
+) -> tuple[Execution, ...]:
+    """Choose devices and processes: one is this process; several are to be spawned.
+
+    `use_cpu` wins, then `gpus`, then CUDA if there is any, else the CPU. Under torchrun it is this process, with its
+    place among the others.
 
     Raises:
         TypeError: `use_cpu` is not a bool or `gpus` not a list of ints.
-        ValueError: they contradict each other or the machine, or the environment's WORLD_SIZE is not 1.
+        ValueError: they contradict each other, the machine or the environment, or the environment contradicts itself.
     """
     if use_cpu is not None and not isinstance(use_cpu, bool):
         raise TypeError(f"use_cpu must be True, False or None, found {type(use_cpu).__name__} {use_cpu!r}")
-    world_size = _read_world_size()
-    if world_size > 1:
-        raise ValueError(
-            f"WORLD_SIZE is {world_size}: this release trains in one process; start it "
-            "without torchrun, or with --nproc-per-node=1"
-        )
+    torchrun = read_torchrun() if is_using_torchrun() else None
+    if torchrun is None:
+        check_no_part_of_torchrun()
     if gpus is not None:
         _check_gpus(gpus)
         if use_cpu:
             raise ValueError(f"use_cpu=True and gpus={gpus} contradict each other: give one of them")
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if use_cpu or (gpus is None and num_devices == 0):
-        return Execution(torch.device("cpu"))
-    if num_devices == 0:
+    is_on_cpu = bool(use_cpu or (gpus is None and num_devices == 0))
+    if not is_on_cpu and num_devices == 0:
         raise ValueError(f"gpus={gpus} needs CUDA, which is not available here: pass use_cpu=True or no gpus")
-    ids = list(range(num_devices)) if gpus is None else gpus
-    absent = [i for i in ids if i >= num_devices]
+    absent = [i for i in gpus or () if i >= num_devices]
     if absent:
         raise ValueError(f"gpus must be ids of the {num_devices} CUDA devices here, found {absent[0]}")
-    if len(ids) > 1:
+    if torchrun is not None:
+        return (_under_torchrun(torchrun, gpus, nprocs, is_on_cpu, num_devices),)
+    if is_on_cpu:
+        cpu = torch.device("cpu")
+        return _together([cpu] * (nprocs or 1), ())
+    if nprocs is not None:
         raise ValueError(
-            f"gpus={gpus} means the {len(ids)} devices {ids}, and this release trains in one process: "
-            f"pass gpus=[{ids[0]}]"
+            f"nprocs={nprocs} is for the CPU: on CUDA there is one process for each GPU. Pass gpus, a list of their "
+            "ids, without nprocs; or use_cpu=True"
         )
-    return Execution(torch.device("cuda", ids[0]), gpu_ids=tuple(ids))
+    ids = tuple(range(num_devices) if gpus is None else gpus)
+    return _together([torch.device("cuda", i) for i in ids], ids)
 
 
-def _read_world_size() -> int:
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
+def _together(devices: list[torch.device], gpu_ids: tuple[int, ...]) -> tuple[Execution, ...]:
+    """Return one process for each device."""
+    size = len(devices)
+    if size == 1:
+        return (Execution(devices[0], gpu_ids=gpu_ids),)
+    return tuple(
+        Execution(device, i, i, size, gpu_ids, local_world_size=size, has_group=True, is_spawned=True)
+        for i, device in enumerate(devices)
+    )
+
+
+def _under_torchrun(
+    torchrun: Torchrun, gpus: list[int] | None, nprocs: int | None, is_on_cpu: bool, num_devices: int
+) -> Execution:
+    if nprocs is not None and nprocs != torchrun.world_size:
         raise ValueError(
-            f"the environment variable WORLD_SIZE must be the number of processes, found {text!r}: unset it, or set it "
-            "to 1"
+            f"nprocs={nprocs}, but torchrun has started {torchrun.world_size} processes (WORLD_SIZE): leave nprocs out"
         )
-    return int(text)
+    local_rank, num_local = torchrun.local_rank, torchrun.local_world_size
+    gpu_ids: tuple[int, ...] = ()
+    if not is_on_cpu:
+        if gpus is not None and len(gpus) < num_local:
+            raise ValueError(
+                f"gpus={gpus} has {len(gpus)} ids, but torchrun has started {num_local} processes on this machine "
+                "(LOCAL_WORLD_SIZE): each needs one of its own"
+            )
+        if gpus is None and local_rank >= num_devices:
+            raise ValueError(
+                f"LOCAL_RANK is {local_rank}, and there are {num_devices} CUDA devices here: start torchrun with "
+                f"--nproc-per-node={num_devices}, or pass use_cpu=True"
+            )
+        gpu_ids = tuple(range(min(num_local, num_devices)) if gpus is None else gpus[:num_local])
+    return Execution(
+        torch.device("cpu") if is_on_cpu else torch.device("cuda", gpu_ids[local_rank]),
+        torchrun.rank,
+        local_rank,
+        torchrun.world_size,
+        gpu_ids,
+        local_world_size=num_local,
+        has_group=True,
+    )
 
 
 def _check_gpus(gpus: object) -> None:

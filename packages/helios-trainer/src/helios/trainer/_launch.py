@@ -1,0 +1,323 @@
+"""Several processes on this machine that work as one: started, waited for, and ended together."""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from helios.trainer._execution import Execution
+from helios.trainer._rank_process import ByValue, Failure, GroupPlace, SpawnContext, revive, run_rank
+from helios.trainer._spawn_queue import ANSWER, BEGUN, FAILURE, ITEM, PipeReader, SpawnQueue
+from helios.trainer._stop_request import SIGNALS
+
+T = TypeVar("T")
+
+GRACE_S = 5.0
+"""How long the others may take to end by themselves when one has failed."""
+_POLL_S = 0.1  # a process that is dead is not always heard of: its own children may hold its files open
+_STOP_WITHOUT_SIGNAL = -1
+
+
+def make_stop_flag() -> Any:
+    """Make an int that processes share: the number of the signal that asked for a stop, -1 without one, else 0."""
+    return multiprocessing.get_context("spawn").RawValue("i", 0)
+
+
+def request_stop(stop_flag: Any) -> None:
+    """Ask for a stop, without a signal."""
+    stop_flag.value = stop_flag.value or _STOP_WITHOUT_SIGNAL
+
+
+def refuse_while_importing() -> None:
+    """Refuse to start processes while this one, which was spawned itself, imports the script.
+
+    Raises:
+        RuntimeError: it does.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "the script is imported by the processes that it spawns, and would spawn more: put what it does below "
+            'the line `if __name__ == "__main__":`'
+        )
+
+
+def launch(
+    run: Callable[[Execution, SpawnContext], T],
+    executions: Sequence[Execution],
+    *,
+    queue: SpawnQueue,
+    timeout_s: float | None,
+    stop_flag: Any,
+    listens: bool,
+) -> T:
+    """Run a function in new processes, one for each execution, that form a group.
+
+    It returns or raises when all of them have ended. If one fails, the others are given some seconds to end by
+    themselves, and are then killed. They are also killed if this process dies (on Linux), or is interrupted.
+
+    Args:
+        run: what to call in each; it must be picklable, and is copied with all that it holds.
+        executions: by rank.
+        queue: gets what the processes put into theirs, also if they fail.
+        timeout_s: how long the processes wait for one another; None is torch's default.
+        stop_flag: from `make_stop_flag`.
+        listens: whether SIGTERM, SIGUSR1 and Ctrl-C set the flag. A second one kills the processes and does what it
+            always did.
+
+    Returns:
+        What `run` returned in rank 0.
+
+    Raises:
+        TypeError: `run` cannot be pickled.
+        RuntimeError: a process died, or its exception cannot be brought here.
+        BaseException: the first exception that was raised in one of the processes, with its traceback as a note.
+    """
+    refuse_while_importing()
+    with ExitStack() as stack:
+        store, port = _host_store(len(executions))
+        ranks = _Ranks(queue)
+        stack.callback(ranks.close)
+        if listens:
+            stack.enter_context(_listening(stop_flag, ranks.kill))
+        ranks.start(run, executions, GroupPlace(port, timeout_s), stop_flag)
+        ranks.wait()
+        del store  # it was needed until now
+        return pickle.loads(ranks.answer())  # type: ignore[no-any-return]  # noqa: S301  # from our own process
+
+
+class _Ranks:
+    """The processes, and what came of them."""
+
+    def __init__(self, queue: SpawnQueue) -> None:
+        self._queue = queue
+        self._processes: list[SpawnProcess] = []
+        self._readers: list[PipeReader] = []
+        self._begun: set[int] = set()
+        self._answers: dict[int, bytes] = {}
+        self._failures: list[Failure] = []
+        self._killed: set[int] = set()
+
+    def start(
+        self,
+        run: Callable[[Execution, SpawnContext], object],
+        executions: Sequence[Execution],
+        place: GroupPlace,
+        stop_flag: Any,
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        for execution in executions:
+            reader, writer = context.Pipe(duplex=False)
+            self._readers.append(PipeReader(reader))
+            arguments = (ByValue(run), execution, place, stop_flag, writer, os.getpid())
+            process = context.Process(target=run_rank, args=arguments, name=f"rank {execution.rank}")
+            with writer, _interrupts_held_back():
+                try:
+                    process.start()
+                except BrokenPipeError as error:
+                    raise RuntimeError(_never_begun(execution.rank, "ended")) from error
+                self._processes.append(process)
+
+    def wait(self) -> None:
+        """Wait until all have ended, soon after one has failed."""
+        deadline_s: float | None = None
+        while alive := [process for process in self._processes if process.exitcode is None]:
+            pipes = [reader.connection for reader in self._readers if not reader.is_closed]
+            wait([*pipes, *(process.sentinel for process in alive)], timeout=_POLL_S)
+            self._receive()
+            if deadline_s is None and self._has_failed():
+                deadline_s = time.monotonic() + GRACE_S
+            if deadline_s is not None and time.monotonic() > deadline_s:
+                self.kill()
+        self._receive()
+
+    def answer(self) -> bytes:
+        """Return the answer of rank 0; raises what prevented it."""
+        self._raise_deaths()
+        if self._failures:
+            error = _revived(min(self._failures, key=lambda failure: failure.time_s))
+            for rank, process in enumerate(self._processes):
+                if (
+                    process.exitcode == -signal.SIGABRT and rank not in self._killed
+                ):  # perhaps not as a consequence
+                    error.add_note(f"Besides, {self._death(rank, process.pid, process.exitcode)}")
+            raise error
+        return self._answers[0]
+
+    def kill(self) -> None:
+        for rank, process in enumerate(self._processes):
+            if process.exitcode is None:
+                self._killed.add(rank)
+                process.kill()
+
+    def close(self) -> None:
+        """Leave nothing behind, whatever happened."""
+        self.kill()
+        for process in self._processes:
+            process.join()
+        self._receive()
+        for process in self._processes:
+            process.close()
+        for reader in self._readers:
+            reader.connection.close()
+
+    def _receive(self) -> None:
+        for rank, reader in enumerate(self._readers):
+            for kind, content in reader.receive():
+                if kind == ITEM:
+                    self._queue.receive(content)
+                elif kind == ANSWER:
+                    self._answers[rank] = content
+                elif kind == FAILURE:
+                    self._failures.append(pickle.loads(content))  # noqa: S301  # from our own process
+                elif kind == BEGUN:
+                    self._begun.add(rank)
+
+    def _has_failed(self) -> bool:
+        ended = [rank for rank, process in enumerate(self._processes) if process.exitcode is not None]
+        return bool(self._failures) or any(
+            rank not in self._answers or self._processes[rank].exitcode != 0 for rank in ended
+        )
+
+    def _raise_deaths(self) -> None:
+        """Raise an error if a process died of anything but an exception."""
+        failed = {failure.rank for failure in self._failures}
+        for rank, process in enumerate(self._processes):
+            code = process.exitcode
+            assert code is not None
+            # torch itself aborts a process when another one has failed.
+            is_consequence = bool(failed) and code == -signal.SIGABRT
+            if rank in self._killed or rank in failed or is_consequence:
+                continue
+            if code != 0 or rank not in self._answers:
+                error = RuntimeError(self._death(rank, process.pid, code))
+                for failure in self._failures:
+                    error.add_note(f"Besides, rank {failure.rank} raised:\n{failure.traceback}")
+                raise error
+
+    def _death(self, rank: int, process_id: int | None, code: int) -> str:
+        who = f"rank {rank} (process {process_id})"
+        if code < 0:
+            name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+            memory = "; out of memory?" if code == -signal.SIGKILL else ""
+            return f"{who} was killed by {name}{memory}"
+        if rank not in self._begun:
+            return _never_begun(rank, f"(process {process_id}) ended with exit code {code}")
+        return f"{who} ended with exit code {code}, without an exception and before its work was done"
+
+
+def _never_begun(rank: int, how: str) -> str:
+    return (
+        f"rank {rank} {how} before it began, see its traceback above. A spawned process imports the script: what the "
+        'script does must be below the line `if __name__ == "__main__":`, and classes and functions that the run needs '
+        "must be in a file, not in a notebook"
+    )
+
+
+def _revived(failure: Failure) -> BaseException:
+    """Return the exception of a rank, of its own type if that is possible."""
+    error: object = None
+    if failure.pickled is not None:
+        try:
+            error = revive(failure.pickled)
+        except Exception:
+            error = None
+    if not isinstance(error, BaseException) or type(error).__qualname__ != failure.type_name:
+        error = RuntimeError(f"{failure.type_name}: {failure.text}")
+    error.add_note(f"Raised in rank {failure.rank}:\n{failure.traceback}")
+    return error
+
+
+def _host_store(world_size: int) -> tuple[Any, int]:
+    """Host the store through which the processes find one another, for this machine only, on a port that is free.
+
+    Here and not in rank 0, so that its death does not take it away from the others.
+    """
+    listening = socket.create_server(("127.0.0.1", 0))
+    port: int = listening.getsockname()[1]
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1",
+        port,
+        world_size,
+        is_master=True,
+        timeout=timedelta(seconds=30),
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+    )
+    return store, port
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Hold Ctrl-C back inside: a process that is being started would be forgotten.
+
+    In that process it is held back until it says itself what to do with it.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    is_ours = callable(handler) and threading.current_thread() is threading.main_thread()
+    received: list[int] = []
+    if is_ours:  # another thread, of torch's, may get the signal although this one does not
+        signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if is_ours:
+            signal.signal(signal.SIGINT, handler)
+            for number in received[:1]:
+                signal.raise_signal(number)
+
+
+@contextmanager
+def _listening(stop_flag: Any, kill: Callable[[], None]) -> Iterator[None]:
+    """Let signals set the flag inside; see `launch`.
+
+    As without processes: a signal that is ignored, or for which the user has a handler, is left alone, and so are all
+    outside the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {n: h for n, h in handlers.items() if h in (signal.SIG_DFL, signal.default_int_handler)}
+    process_id, received = os.getpid(), False
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            if signal.getsignal(number) is on_signal:  # else somebody has another one since
+                signal.signal(number, handler)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        if os.getpid() != process_id:
+            return  # a forked child: Ctrl-C reaches it too
+        if received:
+            kill()
+            put_back()
+            signal.raise_signal(number)
+            return
+        received = True
+        stop_flag.value = number
+        with contextlib.suppress(OSError):  # nobody reads it
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: the run stops after this iteration; once more ends it at once\n".encode())
+
+    for number in before:
+        signal.signal(number, on_signal)
+    try:
+        yield
+    finally:
+        put_back()
