@@ -14,6 +14,11 @@ import torch
 HERE = Path(__file__).parent
 
 
+def pytest_configure(config):
+    """Name the marks, for where there is no pyproject.toml."""
+    config.addinivalue_line("markers", "many_processes: starts many, and takes long for it")
+
+
 @pytest.fixture(scope="session")
 def kit():
     """The module trainer_kit."""

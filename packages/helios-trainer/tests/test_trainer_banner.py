@@ -121,6 +121,6 @@ def test_both_are_logged(kit, tmp_path, capsys):
 
 def test_the_device_is_that_of_the_run(kit, capsys):
     trainer = kit.trainer(total_steps=1, print_banner=True)
-    trainer._execution = dataclasses.replace(trainer._execution, device=torch.device("meta"))
+    trainer._executions = (dataclasses.replace(trainer._execution, device=torch.device("meta")),)
     trainer.fit(kit.Net(), kit.Data())
     assert "device meta\n" in capsys.readouterr().out

@@ -731,10 +731,10 @@ def test_a_run_that_is_not_deterministic_is_not_blamed_on_the_resume():
 @pytest.mark.parametrize(
     ("lost", "component"),
     [
-        ("_checkpoint.load_rng_state_dict", "RNG torch"),
-        ("_checkpoint.Resumption.restore_loader", "sample order"),
-        ("_checkpoint.restore_tables", "_running_losses.loss"),
-        ("_checkpoint.restore_gradients", "net.0.weight.grad"),
+        ("_resumption.load_rng_state_dict", "RNG torch"),
+        ("_resumption.Resumption.restore_loader", "sample order"),
+        ("_resumption.restore_tables", "_running_losses.loss"),
+        ("_resumption.restore_gradients", "net.0.weight.grad"),
     ],
 )
 def test_what_the_trainer_itself_would_lose_is_seen(monkeypatch, lost, component):

@@ -8,6 +8,8 @@ import pytest
 
 from helios.chkpt import find_last_checkpoint, load, verify
 
+pytestmark = pytest.mark.many_processes
+
 SCRIPT = """
 import resource, signal, sys, threading
 import torch, helios.trainer as hlt

@@ -343,9 +343,10 @@ def test_distribute_in_one_process():
 def test_distribute_on_cuda(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "helios.trainer._model_helpers.DistributedDataParallel",
+        "helios.trainer._replicas.DistributedDataParallel",
         lambda *args, **options: calls.append((args, options)),
     )
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group: 2)
     monkeypatch.setattr(nn.Module, "to", lambda self, device: self)
     model, net = Bare(), nn.Linear(1, 1)
     model.is_distributed = True

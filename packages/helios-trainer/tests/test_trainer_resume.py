@@ -296,7 +296,7 @@ def test_frozen_and_evaluating_modules_stay_so(kit, tmp_path, at):
     ],
 )
 def test_control_what_is_not_restored_is_seen(kit, tmp_path, monkeypatch, lost, check):
-    monkeypatch.setattr(f"helios.trainer._checkpoint.{lost}", lambda *args, **options: None)
+    monkeypatch.setattr(f"helios.trainer._resumption.{lost}", lambda *args, **options: None)
     with pytest.raises(AssertionError):
         check(kit, tmp_path)
 
@@ -544,4 +544,4 @@ def test_weights_are_mapped_to_the_models_device(kit, tmp_path, monkeypatch):
     setup = {"total_steps": 2, "chkpt_frequency": 1}
     run(kit, tmp_path, setup, abort_at=20)
     run(kit, tmp_path, setup)
-    assert asked == [{"map_location": "cpu", "safe_types": []}] * 2
+    assert asked == [{"map_location": "cpu", "safe_types": [], "shards": False}] * 2

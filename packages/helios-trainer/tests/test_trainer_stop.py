@@ -88,7 +88,7 @@ def test_control_the_cut_matters(kit, tmp_path, monkeypatch):
     state = load(path)
     assert state["training_state"]["trainer"]["cut"] == {"point": "batch", "has_validated": False}
     monkeypatch.setattr(
-        "helios.trainer._checkpoint.cut_from_dict",
+        "helios.trainer._resumption.cut_from_dict",
         lambda values: sys.modules["helios.trainer._loop"].cut_from_dict({**values, "point": "iteration"}),
     )
     rest, _ = run(kit, tmp_path / "two", setup)
@@ -262,6 +262,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.many_processes
 @pytest.mark.parametrize("unit", ["epoch", "iteration"])
 def test_real_signals_to_real_processes(tmp_path, unit):
     (tmp_path / "whole").mkdir()

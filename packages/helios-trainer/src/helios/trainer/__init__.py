@@ -3,6 +3,7 @@
 from helios.trainer._cuda_plugin import CUDAPlugin
 from helios.trainer._model import Model
 from helios.trainer._plugin import Plugin, PluginRegistry, UniquePluginOverrides
+from helios.trainer._replicas import Strategy
 from helios.trainer._trainer import Trainer
 from helios.trainer._training_state import TrainingState, TrainingUnit
 from helios.trainer._version import __version__
@@ -12,6 +13,7 @@ __all__ = [
     "Model",
     "Plugin",
     "PluginRegistry",
+    "Strategy",
     "Trainer",
     "TrainingState",
     "TrainingUnit",

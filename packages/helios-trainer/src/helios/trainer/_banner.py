@@ -24,7 +24,7 @@ def banner(name: str, settings: TrainerSettings, execution: Execution, resumed_f
     return (
         f"Helios: run {name}, {_length(settings)}, {origin}\n"
         f"  {_versions(execution.device)}\n"
-        f"  device {_device(execution.device)}\n"
+        f"  device {_device(execution.device)}{_ranks(settings, execution)}\n"
         f"  seed {settings.random_seed}, deterministic kernels {deterministic}{benchmark}\n"
         f"  {_checkpoints(settings)}"
     )
@@ -75,6 +75,14 @@ def _device(device: torch.device) -> str:
         # Not only a matter of speed: sums over other numbers of threads round differently.
         return f"{device}, {_counted(torch.get_num_threads(), 'thread', 'threads')}"
     return str(device)
+
+
+def _ranks(settings: TrainerSettings, execution: Execution) -> str:
+    if not execution.is_distributed:
+        return ""
+    machines = execution.world_size // execution.local_world_size
+    where = f" on {machines} machines" if machines > 1 else ""
+    return f", {_counted(execution.world_size, 'rank', 'ranks')}{where}, {settings.strategy.name}"
 
 
 def _checkpoints(settings: TrainerSettings) -> str:

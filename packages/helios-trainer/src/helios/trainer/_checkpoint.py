@@ -1,30 +1,20 @@
-"""What a checkpoint of a run holds, and putting a run back into it."""
+"""What a checkpoint of a run holds."""
 
-from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from helios.chkpt import parse_name
-from helios.core.rng import RNGStateError, get_rng_state_dict, load_rng_state_dict
-from helios.data import LoaderStateError, ResumableDataLoader
-from helios.trainer._loop import Cut, CutPoint, StopReason, as_dict, cut_from_dict
-from helios.trainer._model import Model, restore_tables, tables_of
-from helios.trainer._modules import (
-    aliases_of,
-    gradients_of,
-    modes_of,
-    restore_frozen,
-    restore_gradients,
-    restore_training_modes,
-)
-from helios.trainer._plugin import RESERVED_KEYS, Plugin, PluginRegistry, is_overridden
+from helios.core.rng import get_rng_state_dict
+from helios.data import ResumableDataLoader
+from helios.trainer._loop import Cut, StopReason, as_dict
+from helios.trainer._model import Model, tables_of
+from helios.trainer._modules import aliases_of, gradients_of, modes_of
+from helios.trainer._plugin import Plugin, PluginRegistry, is_overridden
+from helios.trainer._rank_state import states_of_ranks
+from helios.trainer._ranks import Ranks
+from helios.trainer._replicas import reshard, unsynchronised
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._training_state import TrainingState
-from helios.trainer.logging import get_root_logger
 from helios.trainer.logging._places import LogTargets
-
-_ALWAYS = ("training_state", "model", "rng", "data")
-_OWN = ("cut", "stop", "settings", "tables", "gradients", "modes", "event_sizes")
 
 
 def build_checkpoint(
@@ -38,10 +28,20 @@ def build_checkpoint(
     train_loader: ResumableDataLoader,
     targets: LogTargets,
     event_sizes: Mapping[str, int],
+    ranks: Ranks,
 ) -> dict[str, Any]:
-    """Return everything that a resumed run needs, at a cut of the loop."""
+    """Return everything that a resumed run needs, at a cut of the loop.
+
+    All ranks call it. What rank 0 gets is whole; of what the others get, only their shards of tensors count.
+    """
+    reshard(model)
     # First, since a state_dict below may draw a number, which must not matter: see CheckpointSaver.
     generators = get_rng_state_dict()
+    of_plugins = {
+        plug_id: checked_state(f"plug-in {plug_id!r}", plugin.state_dict())
+        for plug_id, plugin in plugins.items()
+    }
+    others = states_of_ranks(ranks, model, train_loader, generators, of_plugins)
     own = {
         "cut": as_dict(cut),
         "stop": None if stop is None else stop.name,
@@ -52,6 +52,9 @@ def build_checkpoint(
         "modes": modes_of(model),
         "aliases": aliases_of(model),
         "event_sizes": dict(event_sizes),
+        "unsynchronised": unsynchronised(model),
+        "world_size": ranks.world_size,
+        "ranks": [{key: value for key, value in each.items() if key != "rng"} for each in others],
     }
     checkpoint: dict[str, Any] = {
         "training_state": {**state.to_dict(), "trainer": own},
@@ -59,9 +62,10 @@ def build_checkpoint(
         "data": dict(train_loader.state_dict()),
         **targets.to_dict(),
     }
-    for plug_id, plugin in plugins.items():
-        checkpoint[plug_id] = checked_state(f"plug-in {plug_id!r}", plugin.state_dict())
-    checkpoint["rng"] = generators
+    checkpoint |= of_plugins
+    checkpoint["rng"] = dict(generators)
+    if ranks.world_size > 1:
+        checkpoint["rng"]["ranks"] = [each["rng"] for each in others]  # after this one
     return checkpoint
 
 
@@ -75,186 +79,6 @@ def checked_state(owner: str, state: Any) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise TypeError(f"state_dict of the {owner} must return a dict, found {type(state).__name__}")
     return state
-
-
-class Resumption:
-    """A checkpoint that a run goes on from, checked.
-
-    Args:
-        path: where it was read from.
-        checkpoint: what it holds.
-        accepted: settings that may differ, and parts that may be missing; see `Trainer`.
-
-    Attributes:
-        path: as given.
-        state: the counters.
-        cut: where in the loop it was taken.
-        stop: why training had ended, or None if it had not.
-        event_sizes: sizes of TensorBoard's files at the checkpoint.
-        is_earlier: an earlier release of Helios began the run.
-
-    Raises:
-        ValueError: it lacks a part.
-    """
-
-    is_earlier = False
-
-    def __init__(self, path: Path, checkpoint: dict[str, Any], accepted: Collection[str] = ()) -> None:
-        self.path = path
-        self._accepted = accepted
-        self._is_reseeded = False  # another seed is accepted: the old generators are not put back
-        for key in _ALWAYS:
-            if key not in checkpoint:
-                found = f"{path} lacks {key!r}, which a run needs to go on; it has {sorted(checkpoint)}"
-                if key not in ("rng", "data"):
-                    raise ValueError(found)
-                self._accept(key, found)
-        self._checkpoint = checkpoint
-        self._own: dict[str, Any] = {}
-        self.state, self.cut, self.stop, self.event_sizes = self._read()
-
-    def _read(self) -> tuple[TrainingState, Cut, StopReason | None, dict[str, int]]:
-        """Return the attributes of those names."""
-        state = TrainingState.from_dict(self._checkpoint["training_state"])
-        self._own, state.trainer = state.trainer, {}
-        lost = [key for key in _OWN if key not in self._own]
-        if lost:
-            raise ValueError(
-                f"{self.path} lacks {lost[0]!r} in training_state['trainer'], which a run needs to go on: another "
-                "release of helios-trainer wrote it"
-            )
-        name, counted = parse_name(self.path.name), (state.global_epoch, state.global_iteration)
-        if name is not None and counted != (name.epoch, name.iteration):
-            raise ValueError(
-                f"{self.path} was written in epoch {counted[0]}, at iteration {counted[1]}: it has the name of another "
-                "checkpoint, by which it is found. Give it back its own, or take it away"
-            )
-        stop = None if self._own["stop"] is None else StopReason[self._own["stop"]]
-        return state, cut_from_dict(self._own["cut"]), stop, self._own["event_sizes"]
-
-    def _accept(self, name: str, found: str, error: Exception | None = None) -> None:
-        """Go on with a warning if the user accepted this before.
-
-        Raises:
-            ValueError: it is not accepted.
-        """
-        if name not in self._accepted:
-            raise ValueError(f"{found}; to go on all the same: accept_on_resume=[{name!r}]") from error
-        get_root_logger().warning("%s. The run goes on all the same: accept_on_resume has %r", found, name)
-
-    def check_settings(self, settings: TrainerSettings) -> None:
-        """Refuse to go on with settings that would make another run of it.
-
-        Raises:
-            ValueError: a decisive setting differs, and that is not accepted.
-        """
-        for name, now in settings.decisive().items():
-            then = self._own["settings"].get(name)
-            if now != then:
-                self._accept(
-                    name,
-                    f"{self.path} was written with {name}={then}, this trainer has {name}={now}: the run would "
-                    "not go on but become another. Use the old value, or another run_name or chkpt_root",
-                )
-                self._is_reseeded |= name == "random_seed"
-
-    def check_plugins(self, plugins: PluginRegistry) -> None:
-        """Refuse to go on if a plug-in's state is missing.
-
-        Raises:
-            ValueError: the checkpoint has no state of a plug-in that keeps one, and that is not accepted.
-        """
-        if unknown := sorted(self._plug_ids() - set(plugins)):
-            get_root_logger().warning(
-                "%s has state under %s, which is no plug-in of this trainer: the run goes on without it",
-                self.path,
-                ", ".join(unknown),
-            )
-        for plug_id, plugin in plugins.items():
-            if plug_id not in self._checkpoint and is_overridden(plugin, "state_dict"):
-                self._accept(
-                    plug_id,
-                    f"{self.path} has no state of the plug-in {plug_id!r}: it was not part of the run",
-                )
-
-    def _plug_ids(self) -> set[str]:
-        return set(self._checkpoint) - RESERVED_KEYS
-
-    def targets(self) -> LogTargets:
-        """Return where the run wrote."""
-        return LogTargets.from_dict(self._checkpoint)
-
-    def restore_loader(self, loader: ResumableDataLoader) -> None:
-        """Put the training loader where it stood; or at the beginning of the epoch, if that is accepted.
-
-        Raises:
-            ValueError: the state does not fit the loader, and that is not accepted.
-        """
-        if "data" in self._checkpoint:
-            try:
-                loader.load_state_dict(self._checkpoint["data"])
-                return
-            except LoaderStateError as error:
-                self._accept("data", f"{self.path}: {error}", error)
-        ended = self.cut.point is CutPoint.FINISHED and self._own["settings"]["train_unit"] == "EPOCH"
-        is_over = self.cut.point is CutPoint.EPOCH_END or ended
-        loader.set_epoch(self.state.global_epoch - (not is_over))
-        self.state.dataset_iter = 0
-
-    def restore_objects(self, model: Model, plugins: PluginRegistry) -> None:
-        """Give model and plug-ins their states; after `setup`."""
-        load_model(model, self._checkpoint["model"], self.path)
-        for plug_id, plugin in plugins.items():
-            if plug_id in self._checkpoint:  # `check_plugins` let no other pass unless it may begin anew
-                plugin.load_state_dict(self._checkpoint[plug_id])
-
-    def restore_surroundings(self, model: Model, is_over: bool = False) -> None:
-        """Put back what the hooks at the start of training may have touched; last before the loop.
-
-        Args:
-            model: the user's model.
-            is_over: training does not go on. If it does, from its end, `on_training_end` may have switched
-                to evaluation.
-        """
-        try:
-            self._restore_own(model, is_over)
-        except KeyError as error:
-            raise ValueError(
-                f"{self.path} lacks {error} in training_state['trainer']: it is damaged"
-            ) from error
-        self._restore_generators()
-        self._checkpoint = self._own = {}  # or second copies of weights and gradients would stay in memory
-
-    def say_what_differs(self, settings: TrainerSettings, loader: ResumableDataLoader) -> None:
-        """Warn of what may differ, but makes the run end with other bits than it would have."""
-        before = self._own.get("noted", {})  # which 0.1 did not write
-        for name, now in noted(settings, loader).items():
-            if name in before and before[name] != now:
-                get_root_logger().warning(
-                    "%s was written with %s=%s, and the run goes on with %s: it will not end with the bits that it "
-                    "would have had",
-                    self.path,
-                    name,
-                    before[name],
-                    now,
-                )
-
-    def _restore_generators(self) -> None:
-        if "rng" not in self._checkpoint or self._is_reseeded:
-            return  # accepted: they go on as they were seeded
-        try:
-            load_rng_state_dict(self._checkpoint["rng"], ignore_cuda="rng.cuda" in self._accepted)
-        except RNGStateError as error:
-            name = "rng.cuda" if str(error).startswith("cuda") else "rng"
-            self._accept(name, f"{self.path}: generators: {error}", error)
-
-    def _restore_own(self, model: Model, is_over: bool) -> None:
-        modes, aliases = self._own["modes"], self._own.get("aliases", {})  # which 0.1 did not write
-        restore_tables(model, self._own["tables"])
-        restore_gradients(model, self._own["gradients"], aliases)
-        restore_frozen(model, modes, aliases)
-        if is_over or self.cut.point is not CutPoint.FINISHED:
-            restore_training_modes(model, modes, aliases)
 
 
 def metadata_of(model: Model, name: str) -> str:
@@ -281,44 +105,3 @@ def check_pairs(model: Model, plugins: PluginRegistry) -> None:
                 f"the {owner} ({type(part).__name__}) overrides state_dict, but not load_state_dict: nothing of its "
                 "state would come back after a restart"
             )
-
-
-def load_model(model: Model, state: dict[str, Any], path: Path) -> None:
-    """Give a model its state from a checkpoint.
-
-    Raises:
-        ValueError: the model could not take it, and has other parts than the checkpoint; they are named.
-        Exception: what the model's `load_state_dict` raised, if it has the same parts.
-    """
-    try:
-        model.load_state_dict(state)
-    except Exception as error:
-        own, there = set(_names_in(model.state_dict())), set(_names_in(state))
-        if own == there:
-            get_root_logger().error("%s could not be loaded into %s", path, type(model).__name__)
-            raise
-        parts = [
-            f"{what}: {_shortened(sorted(names))}"
-            for what, names in (("missing there", own - there), ("unexpected", there - own))
-            if names
-        ]
-        raise ValueError(
-            f"{path} is of another model than {type(model).__name__} is now, whose load_state_dict raised "
-            f"{type(error).__name__}: {error}. {'; '.join(parts)}. Give the run another run_name or chkpt_root, "
-            "or let load_state_dict take the old state"
-        ) from error
-
-
-def _names_in(state: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the names of a state's parts. What is under numbers is an optimizer's, and grows while it trains."""
-    for key, value in state.items():
-        if isinstance(key, str):
-            if isinstance(value, Mapping) and any(isinstance(k, str) for k in value):
-                yield from _names_in(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}"
-
-
-def _shortened(names: list[str], most: int = 8) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

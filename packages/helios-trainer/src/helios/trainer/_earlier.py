@@ -19,11 +19,12 @@ from typing import Any
 
 from helios.chkpt import parse_name
 from helios.data import ResumableDataLoader
-from helios.trainer._checkpoint import Resumption
 from helios.trainer._loop import Cut, CutPoint, StopReason
 from helios.trainer._model import Model
 from helios.trainer._modules import restore_gradients
 from helios.trainer._plugin import PluginRegistry
+from helios.trainer._ranks import Ranks
+from helios.trainer._resumption import Resumption
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._training_state import TrainingState, TrainingUnit
 from helios.trainer.logging import get_root_logger
@@ -46,6 +47,7 @@ class EarlierResumption(Resumption):
     Args:
         path: where it was read from.
         checkpoint: what it holds.
+        ranks: this process among those of the run.
         settings: the trainer's settings.
 
     Raises:
@@ -54,10 +56,12 @@ class EarlierResumption(Resumption):
 
     is_earlier = True
 
-    def __init__(self, path: Path, checkpoint: dict[str, Any], settings: TrainerSettings) -> None:
+    def __init__(
+        self, path: Path, checkpoint: dict[str, Any], ranks: Ranks, settings: TrainerSettings
+    ) -> None:
         self._settings = settings
         self._targets = targets_of(checkpoint)
-        super().__init__(path, checkpoint, settings.accept_on_resume)
+        super().__init__(path, checkpoint, ranks, settings.accept_on_resume)
 
     def _read(self) -> tuple[TrainingState, Cut, StopReason | None, dict[str, int]]:
         state = TrainingState.from_dict({**self._checkpoint["training_state"], "trainer": {}})

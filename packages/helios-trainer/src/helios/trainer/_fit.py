@@ -3,20 +3,23 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from helios.chkpt import CheckpointStore
 from helios.core.rng import seed_rngs
 from helios.data import DataModule, ResumableDataLoader
 from helios.trainer._banner import banner, summary
 from helios.trainer._bars import ProgressBars
-from helios.trainer._checkpoint import Resumption, check_pairs
+from helios.trainer._checkpoint import check_pairs
 from helios.trainer._execution import Execution, cudnn_benchmark, deterministic_kernels, on_device
+from helios.trainer._facts import facts_of
 from helios.trainer._find import find_resumption
-from helios.trainer._hooks import Hooks, length_of
+from helios.trainer._hooks import Hooks
+from helios.trainer._loaders import check_batches, check_shares, checked_loader, prepare
 from helios.trainer._loop import Cut, CutPoint, StoppedOnRequest, StopReason, TrainingLoop, describe
 from helios.trainer._model import Model
 from helios.trainer._plugin import PluginRegistry
+from helios.trainer._ranks import Ranks, check_same, explaining, ranks_of, seed_rank
+from helios.trainer._resumption import Resumption
 from helios.trainer._saver import CheckpointSaver
 from helios.trainer._scalars import logging_scalars
 from helios.trainer._settings import TrainerSettings
@@ -39,6 +42,7 @@ class FitRun:
         datamodule: the user's data, likewise.
         plugins: the trainer's plug-ins.
         stop_request: whether somebody asked the run to stop.
+        owns_group: the group of processes was made for this run, and not by the user.
 
     Raises:
         ValueError: `accept_on_resume` has a name that means nothing.
@@ -52,6 +56,8 @@ class FitRun:
         datamodule: DataModule,
         plugins: PluginRegistry,
         stop_request: StopRequest,
+        *,
+        owns_group: bool = False,
     ) -> None:
         settings.check_accepted(plugins)
         if settings.chkpt_root is not None or settings.dry_run is not None:
@@ -62,12 +68,13 @@ class FitRun:
         self._datamodule = datamodule
         self._plugins = plugins
         self._stop_request = stop_request
+        self._ranks = ranks_of(execution, stop_request, settings.dist_timeout_s, owns_group=owns_group)
         self._is_stopped = False
         self._name = settings.run_name or model.save_name
         self._store: CheckpointStore | None = None
         self._state = TrainingState()
         self._start_note: StartNote | None = None
-        if settings.save_root is not None:
+        if settings.save_root is not None and self._ranks.is_first:
             self._start_note = StartNote(settings.save_root, self._name, settings.decisive())
 
     def run(self) -> Trained:
@@ -75,16 +82,28 @@ class FitRun:
 
         A run that finished before is only loaded.
         """
-        settings = self._settings
-        seed_rngs(settings.random_seed)
+        seed_rngs(self._settings.random_seed)
         with ExitStack() as stack:
-            stack.enter_context(on_device(self._execution.device))
-            stack.enter_context(hearing_of_workers())
-            if settings.save_root is not None:  # else there is nothing to do before the process ends
+            stack.callback(self._ranks.close)
+            if self._settings.save_root is not None:  # else there is nothing to do before the process ends
                 stack.enter_context(listening_to_signals(self._stop_request))
-            self._loggers = RunLoggers(capture_warnings=settings.capture_warnings)
+            stack.enter_context(on_device(self._execution.device))
+            trained = self._run()
+            with explaining(self._ranks):
+                self._ranks.wait_for_all()  # rank 0 has saved by then, for whoever looks for its last checkpoint next
+            return trained
+
+    def _run(self) -> Trained:
+        settings = self._settings
+        with ExitStack() as stack:
+            stack.enter_context(hearing_of_workers())
+            self._loggers = RunLoggers(capture_warnings=settings.capture_warnings, rank=self._ranks.rank)
             stack.callback(self._loggers.close)
             stack.enter_context(logged_exceptions())
+            stack.enter_context(explaining(self._ranks))
+            check_same(
+                self._ranks, facts_of(settings, self._execution, self._model, self._datamodule, self._plugins)
+            )
             resumption = self._find_resumption()
             if resumption is not None and self._is_finished(resumption):
                 return self._load_finished(resumption)
@@ -92,45 +111,63 @@ class FitRun:
             if self._start_note is not None:
                 stack.callback(self._drop_start_note)
             if settings.save_root is not None:
-                store = CheckpointStore(settings.save_root, self._name, keep_last=settings.keep_last)
+                store = CheckpointStore(
+                    settings.save_root,
+                    self._name,
+                    keep_last=settings.keep_last,
+                    is_writer=self._ranks.is_first,
+                )
                 self._store = stack.enter_context(store)
-            stack.enter_context(torn_down(self._datamodule))
+            stack.enter_context(torn_down(self._datamodule, self._ranks))
             stack.enter_context(logging_scalars(self._model, self._state))
             stack.enter_context(deterministic_kernels(settings.enable_deterministic))
             return self._train(resumption, stack)
 
     def _find_resumption(self) -> Resumption | None:
         """Find what the run goes on from, if anything, and open its log file."""
-        settings, note = self._settings, self._start_note
+        settings = self._settings
         before: list[LogTargets] = []
-        start = None
         try:
-            resumption = find_resumption(settings, self._name, self._model)
+            resumption = find_resumption(settings, self._name, self._model, self._ranks)
             if resumption is not None:
                 before.append(resumption.targets())
                 resumption.check_settings(settings)
                 resumption.check_plugins(self._plugins)
                 self._state = resumption.state
-            # Until it has a checkpoint of its own, it is noted where a run writes.
-            is_noted = note is not None and (resumption is None or resumption.is_earlier)
-            start = note.read(_origin(resumption)) if note is not None and is_noted else None
-            if start is not None:  # it was killed before
-                before.insert(0, start.targets)
-        finally:
-            # Also if the checkpoint is refused: the reason belongs in the log file.
-            self._loggers.open_log_file(choose_targets(self._name, *settings.log_folders, before))
-        if note is not None and is_noted:
-            sizes = {} if resumption is None else resumption.event_sizes
+            start = self._killed_start(resumption)
             if start is not None:
-                sizes = start.event_sizes
-                if resumption is not None:
-                    resumption.event_sizes = sizes
-            note.write(_origin(resumption), Start(self._loggers.targets, sizes))
+                before.insert(0, start.targets)
+        except BaseException:
+            # If the checkpoint is refused, the reason belongs in the log file. Nobody is waited for, since this may be
+            # the only rank that cannot read it.
+            if self._ranks.is_first:
+                self._loggers.open_log_file(choose_targets(self._name, *settings.log_folders, before))
+            raise
+        targets = self._ranks.on_first(lambda: choose_targets(self._name, *settings.log_folders, before))
+        self._loggers.open_log_file(targets)
+        self._note_start(resumption, start)
         return resumption
 
+    def _killed_start(self, resumption: Resumption | None) -> Start | None:
+        """Return where the run wrote if it was killed before it had a checkpoint of its own."""
+        if self._start_note is None or not _is_new(resumption):
+            return None
+        return self._start_note.read(_origin(resumption))
+
+    def _note_start(self, resumption: Resumption | None, start: Start | None) -> None:
+        if self._start_note is None or not _is_new(resumption):
+            return
+        sizes = {} if resumption is None else resumption.event_sizes
+        if start is not None:
+            sizes = start.event_sizes
+            if resumption is not None:
+                resumption.event_sizes = sizes
+        self._start_note.write(_origin(resumption), Start(self._loggers.targets, sizes))
+
     def _drop_start_note(self) -> None:
-        # A run that was asked to stop before its first checkpoint goes on in its logs, as one that was killed.
-        if self._start_note is not None and not self._is_stopped:
+        # A run that was asked to stop before its first checkpoint goes on in its logs, as one that was killed. Of
+        # several ranks this one may have failed because another was.
+        if self._start_note is not None and not self._is_stopped and self._ranks.world_size == 1:
             self._start_note.remove()
 
     def _is_finished(self, resumption: Resumption) -> bool:
@@ -151,7 +188,7 @@ class FitRun:
         """Leave the model as the run left it, for the script that goes on after `fit`."""
         self._set_up()
         resumption.restore_objects(self._model, self._plugins)
-        resumption.restore_surroundings(self._model, is_over=True)
+        resumption.restore_surroundings(self._model, self._settings.random_seed, is_over=True)
         return self._trained(resumption.event_sizes)
 
     def _trained(self, event_sizes: Mapping[str, int] | None) -> Trained:
@@ -169,7 +206,7 @@ class FitRun:
 
     def _train(self, resumption: Resumption | None, stack: ExitStack) -> Trained:
         settings, model = self._settings, self._model
-        if settings.print_banner:
+        if settings.print_banner and self._ranks.is_first:
             path = None if resumption is None else resumption.path
             text = banner(self._name, settings, self._execution, path)
             appended = model.append_to_banner(text)
@@ -183,6 +220,9 @@ class FitRun:
             plugin.configure_loaders(train_loader, valid_loader)
         model._running_losses.clear()  # of an earlier `fit`
         self._set_up()
+        seed_rank(settings.random_seed, self._ranks)
+        if valid_loader is not None:
+            check_batches("valid", valid_loader, self._ranks, model)
         if resumption is not None:
             resumption.restore_objects(model, self._plugins)
             resumption.say_what_differs(settings, train_loader)
@@ -190,9 +230,10 @@ class FitRun:
         hooks = Hooks(model, self._plugins)
         hooks.training_start()
         if resumption is not None:
-            resumption.restore_surroundings(model)
+            resumption.restore_surroundings(model, settings.random_seed)
             self._loggers.discard_events(resumption.event_sizes)
-        bars = ProgressBars(settings.enable_progress_bar, settings.train_unit, settings.total_steps)
+        shows_bars = settings.enable_progress_bar and self._ranks.is_first
+        bars = ProgressBars(shows_bars, settings.train_unit, settings.total_steps)
         stack.callback(bars.close)
         stack.enter_context(cudnn_benchmark(settings.enable_cudnn_benchmark))
         saver = CheckpointSaver(
@@ -205,7 +246,7 @@ class FitRun:
             train_loader=train_loader,
             loggers=self._loggers,
             start_note=self._start_note,
-            stop_request=self._stop_request,
+            ranks=self._ranks,
         )
         loop = TrainingLoop(
             settings,
@@ -216,6 +257,7 @@ class FitRun:
             bars=bars,
             save=saver.save,
             stop_request=self._stop_request,
+            ranks=self._ranks,
         )
         self._run_loop(loop, hooks, saver, bars, None if resumption is None else resumption.cut)
         return self._trained(None if self._store is None else self._loggers.event_sizes())
@@ -244,9 +286,10 @@ class FitRun:
 
     def _load_data(self) -> tuple[ResumableDataLoader, ResumableDataLoader | None]:
         datamodule = self._datamodule
-        datamodule.prepare_data()
+        prepare(datamodule, self._ranks, self._execution)
         datamodule.setup()
         train_loader = checked_loader(datamodule, "train", datamodule.train_dataloader())
+        check_shares(train_loader, self._ranks)
         if self._settings.valid_frequency is None:
             return train_loader, None
         valid_loader = checked_loader(datamodule, "valid", datamodule.valid_dataloader())
@@ -258,38 +301,23 @@ class FitRun:
         return train_loader, valid_loader
 
 
+def _is_new(resumption: Resumption | None) -> bool:
+    """Whether a run has no checkpoint of its own yet. Until it has, it is noted where it writes."""
+    return resumption is None or resumption.is_earlier
+
+
 def _origin(resumption: Resumption | None) -> str | None:
     return None if resumption is None else resumption.path.name
 
 
-def checked_loader(datamodule: DataModule, split: str, loader: Any) -> ResumableDataLoader:
-    """Return the loader of a split, of which there must be one, with batches.
-
-    Raises:
-        TypeError: it is another loader.
-        ValueError: there is none, or it has no batches.
-    """
-    where = f"{type(datamodule).__name__}.{split}_dataloader()"
-    if loader is None:
-        raise ValueError(
-            f"{where} is None, but the {split} split is needed: setup must assign self._{split}_dataset"
-        )
-    if not isinstance(loader, ResumableDataLoader):
-        raise TypeError(f"{where} must be a ResumableDataLoader, found {type(loader).__name__}")
-    if length_of(loader) == 0:
-        raise ValueError(
-            f"{where} has no batches: drop_last leaves nothing of {loader.sampler.num_samples} samples in batches of "
-            f"{loader.batch_size}"
-        )
-    return loader
-
-
 @contextmanager
-def torn_down(datamodule: DataModule) -> Iterator[None]:
+def torn_down(datamodule: DataModule, ranks: Ranks) -> Iterator[None]:
     """Let the data go at the end. An exception that ended the run is not hidden by another one of `teardown`."""
     try:
-        yield
+        with explaining(ranks):
+            yield
     except BaseException as error:
+        ranks.leave()  # or a barrier there would wait for a rank that never comes
         try:
             datamodule.teardown()
         except Exception as other:

@@ -18,16 +18,17 @@ What it does, by ITERATION on the left and by EPOCH on the right:
                                                 enough epochs?
 
 A checkpoint is a cut at one of the places marked: what follows it is done again, first, by the run that resumes. A run
-that is asked to stop (by a signal, say) saves at the next of them and leaves the loop.
+that is asked to stop (by a signal, say) saves at the next of them and leaves the loop. Several ranks leave it at the
+same one, and answer every question mark alike.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -35,6 +36,9 @@ from helios.data import ResumableDataLoader
 from helios.trainer._bars import ProgressBars
 from helios.trainer._execution import cudnn_benchmark
 from helios.trainer._hooks import Hooks, batches_of, evaluate, length_of
+from helios.trainer._model import average_running_losses
+from helios.trainer._ranks import Ranks
+from helios.trainer._replicas import evaluating
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._stop_request import StopRequest
 from helios.trainer._training_state import TrainingState, TrainingUnit
@@ -78,6 +82,13 @@ class Cut:
     is_counted: bool = False
 
 
+class SaveCheckpoint(Protocol):
+    """Saves a checkpoint at a cut; `is_asked` if somebody asked to stop there."""
+
+    def __call__(self, cut: Cut, *, is_asked: bool = False) -> None:
+        """Save."""
+
+
 class TrainingLoop:
     """Trains until there is a reason to stop.
 
@@ -89,7 +100,8 @@ class TrainingLoop:
         valid_loader: loader of the validation split, if there are validations.
         bars: progress bars.
         save: saves a checkpoint at a cut.
-        stop_request: whether somebody asked to stop.
+        stop_request: whether somebody asked this process to stop.
+        ranks: this process among those of the run.
     """
 
     def __init__(
@@ -101,12 +113,14 @@ class TrainingLoop:
         train_loader: ResumableDataLoader,
         valid_loader: ResumableDataLoader | None,
         bars: ProgressBars,
-        save: Callable[[Cut], object],
+        save: SaveCheckpoint,
         stop_request: StopRequest,
+        ranks: Ranks,
     ) -> None:
         self._settings = settings
         self._state = state
         self._hooks = hooks
+        self._ranks = ranks
         self._train_loader = train_loader
         self._valid_loader = valid_loader
         self._bars = bars
@@ -121,7 +135,7 @@ class TrainingLoop:
         Raises:
             StoppedOnRequest: somebody asked to stop. Nothing is new since the last checkpoint.
         """
-        if self._stop_request.is_made:  # during start-up
+        if self._ranks.is_asked_to_stop():  # during start-up
             raise StoppedOnRequest
         stop: StopReason | None = None
         if cut is not None:
@@ -171,7 +185,7 @@ class TrainingLoop:
         self._hooks.model.on_training_epoch_end(self._state.global_epoch)
         self._bars.finish_epoch()
         if self._by_epoch and stop is None:
-            if self._hooks.should_stop():
+            if self._ranks.agreed("should_training_stop", self._hooks.should_stop()):
                 return StopReason.REQUESTED
             return self._end_of_steps()
         return stop
@@ -181,7 +195,8 @@ class TrainingLoop:
             return self._train_on(islice(batches, self._settings.dry_run))
 
     def _train_on(self, batches: Iterator[Any]) -> StopReason | None:
-        state, hooks, accumulation = self._state, self._hooks, self._settings.accumulation_steps
+        state, hooks, ranks = self._state, self._hooks, self._ranks
+        accumulation = self._settings.accumulation_steps
         due = self._next_due()
         began_s = time.perf_counter()
         for batch in batches:
@@ -195,10 +210,10 @@ class TrainingLoop:
             now_s = time.perf_counter()
             state.average_iter_time += (now_s - began_s - state.average_iter_time) / state.global_iteration
             self._bars.finish_batch(is_complete, hooks.model)
-            if hooks.should_stop():
+            if ranks.vote("should_training_stop", hooks.should_stop()):
                 return StopReason.REQUESTED
             if is_complete:
-                if self._stop_request.is_made:
+                if ranks.is_asked_to_stop():
                     self._stop_at(Cut(CutPoint.BATCH))
                 if state.current_iteration >= due:
                     if (stop := self._finish_iteration()) is not None:
@@ -223,7 +238,7 @@ class TrainingLoop:
         return stop or self._end_of_steps()
 
     def _stop_at(self, cut: Cut) -> NoReturn:
-        self._save(cut)
+        self._save(cut, is_asked=True)
         raise StoppedOnRequest
 
     def _should_log(self) -> bool:
@@ -238,7 +253,7 @@ class TrainingLoop:
         if has_validated:
             self._validate()
         cut = Cut(point, has_validated)
-        if self._stop_request.is_made:
+        if self._ranks.is_asked_to_stop():
             self._stop_at(cut)
         if _is_due(self._settings.chkpt_frequency, step):
             self._save(cut)
@@ -248,9 +263,10 @@ class TrainingLoop:
         state, loader = self._state, self._valid_loader
         assert loader is not None, "checked before the loop began"
         state.validation_cycles += 1
+        average_running_losses(self._hooks.model)
         # Another pass for every validation, whatever number it has in this process.
         loader.set_epoch(state.validation_cycles - 1)
-        with cudnn_benchmark(False):
+        with cudnn_benchmark(False), evaluating(self._hooks.model, self._ranks):
             self._hooks.validation_start(state.validation_cycles)
             bar = self._bars.evaluation("validation", length_of(loader, self._settings.dry_run))
             with torch.no_grad(), batches_of(loader, self._stop_request) as batches:
@@ -263,12 +279,13 @@ class TrainingLoop:
             return None
         cycles, state = self._settings.early_stop_cycles, self._state
         if not is_counted:
-            improved = self._hooks.have_metrics_improved()
+            improved = self._ranks.agreed("have_metrics_improved", self._hooks.have_metrics_improved())
             if cycles is not None:
                 state.early_stop_count = 0 if improved else state.early_stop_count + 1
         if cycles is not None and state.early_stop_count >= cycles:
             return StopReason.NOT_IMPROVED
-        return StopReason.REQUESTED if self._hooks.should_stop() else None
+        wants_stop = self._ranks.agreed("should_training_stop", self._hooks.should_stop())
+        return StopReason.REQUESTED if wants_stop else None
 
     def _end_of_steps(self) -> StopReason | None:
         done = self._state.global_epoch if self._by_epoch else self._state.current_iteration

@@ -9,6 +9,7 @@ import torch
 from helios.trainer._model_helpers import ModelHelpers
 from helios.trainer._modules import named_networks
 from helios.trainer._naming import check_name
+from helios.trainer._replicas import average
 from helios.trainer._scalars import ScalarLog
 from helios.trainer._training_state import TrainingState
 
@@ -164,12 +165,16 @@ class Model(ModelHelpers, ABC):
     def on_training_batch_end(self, state: TrainingState, should_log: bool = False) -> None:
         """Called after a batch; adds `_loss_items` to `_running_losses`.
 
+        With several ranks each adds its own losses, and when `should_log` is true, and before a validation, all get
+        the mean of the sums: then call this on every rank, with the same names in `_loss_items`.
+
         Args:
             state: where training stands.
             should_log: whether `print_frequency` says that it is time to log.
 
         Raises:
             TypeError: something in `_loss_items` cannot be added up.
+            ValueError: `should_log` is true, and another rank has other `_loss_items`.
         """
         for name, loss in self._loss_items.items():
             value = loss.detach() if isinstance(loss, torch.Tensor) else loss
@@ -180,6 +185,8 @@ class Model(ModelHelpers, ABC):
                     f"_loss_items[{name!r}] must be a number or a tensor, which is added to _running_losses, found "
                     f"{type(value).__name__} {value!r:.100}"
                 ) from error
+        if should_log:
+            average_running_losses(self)
 
     def on_training_epoch_end(self, epoch: int) -> None:
         """Called at the end of an epoch.
@@ -248,6 +255,13 @@ class Model(ModelHelpers, ABC):
 def tables_of(model: Model) -> dict[str, dict[str, Any]]:
     """Return what the base class keeps, for the checkpoint."""
     return {name: dict(getattr(model, name)) for name in _TABLES}
+
+
+def average_running_losses(model: Model) -> None:
+    """Give all ranks the mean of what each has summed up. What each adds after that makes the next mean right again."""
+    if model.is_distributed:
+        running = model._running_losses
+        running.update(average(running, model.device))
 
 
 def restore_tables(model: Model, tables: dict[str, dict[str, Any]]) -> None:

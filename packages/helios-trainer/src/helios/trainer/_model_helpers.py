@@ -1,37 +1,69 @@
 """What many models do in a line or two over torch. Nothing else in the trainer needs it."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from helios.trainer._layout import is_dtensor
 from helios.trainer._parts import load_parts, save_parts
+from helios.trainer._replicas import Strategy, replicate, shard, without_exchange
 
 
 class ModelHelpers:
     """Optional helpers of Model."""
 
+    trainer: Any
     device: torch.device
     is_distributed: bool
 
-    def distribute(self, net: nn.Module, **options: Any) -> nn.Module:
-        """Return a network on the device of the run, shared with the other processes if there are any.
+    def distribute(
+        self,
+        net: nn.Module,
+        *,
+        blocks: Iterable[nn.Module] = (),
+        fsdp: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> nn.Module:
+        """Return a network on the device of the run, on all ranks if there are several, as the trainer's strategy says.
+
+        Call it in `setup`, before the optimizer is made. With `Strategy.DDP` gradients are summed in the same order in
+        every process, which DistributedDataParallel alone does not do: with three ranks or more, a run that starts
+        again would differ. An `nn.Embedding` with `sparse=True`, or the option `static_graph`, leaves it as it is.
 
         Args:
-            net: the network, on any device.
-            **options: for DistributedDataParallel; they do nothing in one process.
+            net: the network, on any device, with the same parameters on every rank.
+            blocks: with `Strategy.FSDP`, the parts of the network that are gathered one at a time, such as the layers
+                of a transformer; without any, the whole network is.
+            fsdp: with `Strategy.FSDP`, options for `torch.distributed.fsdp.fully_shard`.
+            **options: with `Strategy.DDP`, options for DistributedDataParallel, such as `find_unused_parameters=True`
+                if some parameters have no part in some batches.
 
         Returns:
-            The network itself, moved; in several processes a DistributedDataParallel of it.
+            The network itself, moved, in one process; a DistributedDataParallel of it; or itself, sharded.
         """
         net = net.to(self.device)
         if not self.is_distributed:
             return net
-        if self.device.type == "cuda":
-            options = {"device_ids": [self.device], **options}
-        return DistributedDataParallel(net, **options)
+        if self.trainer is not None and self.trainer.settings.strategy is Strategy.FSDP:
+            return shard(net, blocks, self.device, dict(fsdp or {}))
+        return replicate(net, self.device, options)
+
+    def exchange_gradients(self, *networks: nn.Module, when: bool) -> AbstractContextManager[None]:
+        """Return a context for the forward and backward passes of a batch, after which ranks exchange gradients or not.
+
+        With accumulation only the batch before the optimizer's step need exchange them:
+        `with self.exchange_gradients(self.net, when=state.global_iteration % self.num_accumulated == 0): ...`.
+        A checkpoint in between has the gradients of every rank. Networks in shards exchange them always: each rank has
+        room for its part of them only.
+
+        Args:
+            *networks: what `distribute` returned; others are as ever.
+            when: whether this batch exchanges them.
+        """
+        return nullcontext() if when else without_exchange(networks)
 
     def autocast(self, dtype: torch.dtype = torch.bfloat16, enabled: bool = True) -> torch.autocast:
         """Return a context in which torch computes in `dtype` what it can, on the device of the run.
@@ -59,12 +91,14 @@ class ModelHelpers:
             norm_type: which norm; `math.inf` is the largest absolute value.
 
         Returns:
-            The norm before, without dimensions, on the device of the gradients: nothing waits for it.
+            The norm before, without dimensions, on the device of the gradients: nothing waits for it. Of a network in
+            shards, the norm over all ranks.
         """
         parameters = parameters_or_network
         if isinstance(parameters, nn.Module):
             parameters = parameters.parameters()
-        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+        return norm.full_tensor() if is_dtensor(norm) else norm
 
     def save_all(self, *, omit: Iterable[str] = (), **parts: Any) -> dict[str, Any]:
         """Return the state of the parts by name, for `state_dict`, and complain of a part that was forgotten.

@@ -1,11 +1,14 @@
 """The networks of a user's model, found by looking, and what hangs on them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+
+from helios.trainer._layout import as_laid_out
 
 _MAY_HAVE_PARTS = (nn.Module, Optimizer, dict, list, tuple)
 
@@ -15,6 +18,12 @@ def named_networks(owner: object) -> Iterator[tuple[str, nn.Module]]:
     for name, value in _parts_of(owner):
         if isinstance(value, nn.Module):
             yield name, value
+
+
+def _named_originals(owner: object) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the networks under names that do not say whether they are on several ranks: a run may go on with one."""
+    for name, network in named_networks(owner):
+        yield name, network.module if isinstance(network, DistributedDataParallel) else network
 
 
 def _parts_of(owner: object) -> Iterator[tuple[str, nn.Module | Optimizer]]:
@@ -34,14 +43,16 @@ def _parts_in(name: str, value: object, inside: list[int]) -> Iterator[tuple[str
         inside.pop()
 
 
-def gradients_of(owner: object) -> dict[str, torch.Tensor]:
-    """Return the gradients that the parameters hold, by name.
+def gradients_of(
+    owner: object, is_wanted: Callable[[torch.Tensor], bool] = lambda parameter: True
+) -> dict[str, torch.Tensor]:
+    """Return the gradients that the parameters hold, by name; only those of some parameters, if one says of which.
 
     All of them, although those that an optimizer has used are mostly overwritten next: whether they are is
     the user's business. Another optimizer may still wait for them, `zero_grad(set_to_none=False)` makes zeros
     of them where it leaves None alone, and the next batch may add to them.
     """
-    return {name: p.grad for name, p in _named_parameters(owner) if p.grad is not None}
+    return {name: p.grad for name, p in _named_parameters(owner) if p.grad is not None and is_wanted(p)}
 
 
 def restore_gradients(
@@ -63,7 +74,7 @@ def restore_gradients(
     }
     for _, parameter in _named_parameters(owner):
         gradient = of.get(id(parameter))
-        parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        parameter.grad = None if gradient is None else as_laid_out(gradient.to(parameter.device), parameter)
 
 
 def modes_of(owner: object) -> dict[str, list[str]]:
@@ -140,7 +151,7 @@ def _modules_by_name(owner: object) -> dict[str, nn.Module]:
     """Return the modules under every name that they have."""
     return {
         name: module
-        for prefix, network in named_networks(owner)
+        for prefix, network in _named_originals(owner)
         for name, module in network.named_modules(prefix=prefix, remove_duplicate=False)
     }
 
@@ -149,7 +160,7 @@ def _parameters_by_name(owner: object) -> dict[str, torch.Tensor]:
     """Return the parameters under every name that they have in networks; those that only an optimizer has come last."""
     by_name: dict[str, torch.Tensor] = {
         name: parameter
-        for prefix, network in named_networks(owner)
+        for prefix, network in _named_originals(owner)
         for name, parameter in network.named_parameters(prefix, remove_duplicate=False)
     }
     known = set(map(id, by_name.values()))
@@ -177,8 +188,31 @@ def tensors_of(owner: object) -> Iterator[tuple[str, torch.Tensor]]:
     Parameters of lazy modules come when they are there.
     """
     yield from ((name, p) for name, p in _named_parameters(owner) if not nn.parameter.is_lazy(p))
-    for prefix, network in named_networks(owner):
-        yield from ((name, b) for name, b in network.named_buffers(prefix) if not nn.parameter.is_lazy(b))
+    yield from buffers_of(owner).items()
+
+
+def buffers_of(owner: object) -> dict[str, torch.Tensor]:
+    """Return every buffer by name, also of those that no state_dict has; of lazy modules when they are there."""
+    return {
+        name: buffer
+        for prefix, network in _named_originals(owner)
+        for name, buffer in network.named_buffers(prefix)
+        if not nn.parameter.is_lazy(buffer)
+    }
+
+
+def restore_buffers(owner: object, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Give buffers the values that `buffers_of` found.
+
+    Raises:
+        ValueError: one that had a value does not exist.
+    """
+    own = buffers_of(owner)
+    with torch.no_grad():
+        for name, value in buffers.items():
+            if name not in own:
+                raise ValueError(f"the checkpoint has a buffer {name}, which the model lacks after its setup")
+            own[name].copy_(value)
 
 
 def optimizers_of(owner: object) -> Iterator[tuple[str, Optimizer]]:

@@ -1,6 +1,7 @@
 """Saving the checkpoints of a run, and what becomes of one that cannot be written."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ from helios.chkpt import CheckpointName, CheckpointStore, check_state, format_na
 from helios.core.rng import preserve_rng_state
 from helios.data import ResumableDataLoader
 from helios.trainer._checkpoint import build_checkpoint, metadata_of
+from helios.trainer._layout import has_parts
 from helios.trainer._loop import Cut, StopReason
 from helios.trainer._model import Model
 from helios.trainer._modules import named_networks
 from helios.trainer._plugin import PluginRegistry
+from helios.trainer._ranks import Ranks
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._start_note import StartNote
-from helios.trainer._stop_request import StopRequest
 from helios.trainer._training_state import TrainingState
 from helios.trainer.logging import get_root_logger
 from helios.trainer.logging._loggers import RunLoggers
@@ -33,7 +35,7 @@ class CheckpointSaver:
         train_loader: loader of the training split.
         loggers: the loggers of the run.
         start_note: the note of a run that has no checkpoint yet, which the first one replaces.
-        stop_request: whether somebody asked to stop, so that this process saves no other.
+        ranks: this process among those of the run, all of which save; rank 0 writes, the others their shards at most.
 
     Attributes:
         last: path of the last one of this process.
@@ -51,68 +53,86 @@ class CheckpointSaver:
         train_loader: ResumableDataLoader,
         loggers: RunLoggers,
         start_note: StartNote | None,
-        stop_request: StopRequest,
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self._store = store
         self._settings = settings
-        self._name = run_name
+        self._name_of_run = run_name
         self._state = state
         self._model = model
         self._plugins = plugins
         self._train_loader = train_loader
         self._loggers = loggers
         self._start_note = start_note
-        self._stop_request = stop_request
         self.last: Path | None = None
 
-    def save(self, cut: Cut, stop: StopReason | None = None) -> None:
+    def save(self, cut: Cut, stop: StopReason | None = None, *, is_asked: bool = False) -> None:
         """Save a checkpoint.
+
+        Args:
+            cut: where in the loop.
+            stop: why training has ended, if it has.
+            is_asked: somebody asked to stop here. After that, as after the end, this process saves no other.
 
         Raises:
             OSError: it is the last one of this process and could not be written. Of another one it is only logged.
         """
-        if self._store is None and self._settings.dry_run is None:
+        if self._settings.save_root is None and self._settings.dry_run is None:
             return
         # What hooks draw for a checkpoint must not matter: a run that is asked to stop has one more.
         with preserve_rng_state():
-            self._save(cut, stop)
+            self._save(cut, stop, is_asked)
 
-    def _save(self, cut: Cut, stop: StopReason | None) -> None:
-        state, model = self._state, self._model
-        if model._scalar_log is not None:
-            model._scalar_log.flush()
+    def _save(self, cut: Cut, stop: StopReason | None, is_asked: bool) -> None:
+        if self._model._scalar_log is not None:
+            self._model._scalar_log.flush()
         checkpoint = build_checkpoint(
             cut,
             stop,
             settings=self._settings,
-            state=state,
-            model=model,
+            state=self._state,
+            model=self._model,
             plugins=self._plugins,
             train_loader=self._train_loader,
             targets=self._loggers.targets,
             event_sizes=self._loggers.event_sizes(),
+            ranks=self._ranks,
         )
-        name = CheckpointName(self._name, state.global_epoch, state.global_iteration)
-        metadata = self._metadata(format_name(name).removesuffix(".pth"), is_due=stop is not None)
-        if not checkpoint["model"] and self.last is None and any(named_networks(model)):
+        is_last = stop is not None or is_asked
+        if has_parts(checkpoint):
+            name = self._ranks.on_first(lambda: self._name(is_asked))
+            if self._store is None:
+                check_state(checkpoint, sharded=True)
+            self._write(lambda store, place: store.save_sharded(checkpoint, **place), name, is_last)
+        elif self._ranks.is_first:
+            self._warn_of_nothing(checkpoint)
+            name = self._name(is_asked)
+            if self._store is None:
+                check_state(checkpoint)
+            # The first of a process is not left to a thread, since the note of the start goes with it.
+            elif self._settings.async_chkpt and not is_last and self._start_note is None:
+                self._write(lambda store, place: store.save_async(checkpoint, **place), name, is_last)
+            else:
+                self._write(lambda store, place: store.save(checkpoint, **place), name, is_last)
+
+    def _warn_of_nothing(self, checkpoint: dict[str, Any]) -> None:
+        if not checkpoint["model"] and self.last is None and any(named_networks(self._model)):
             get_root_logger().warning(
                 "%s.state_dict() is empty, though the model has networks: they are not saved, and a restart will "
                 "not have their weights",
-                type(model).__name__,
+                type(self._model).__name__,
             )
-        if self._store is None:
-            check_state(checkpoint)
-        else:
-            is_last = stop is not None or self._stop_request.is_made
-            if is_last and self._settings.save_root is not None:
-                self._settings.save_root.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
-            self._write(self._store, checkpoint, dataclasses.replace(name, metadata=metadata), is_last)
 
-    def _metadata(self, name: str, is_due: bool) -> str:
+    def _name(self, is_asked: bool) -> CheckpointName:
+        name = CheckpointName(self._name_of_run, self._state.global_epoch, self._state.global_iteration)
+        return dataclasses.replace(name, metadata=self._metadata(format_name(name), is_asked))
+
+    def _metadata(self, name: str, is_asked: bool) -> str:
         try:
-            return metadata_of(self._model, name)
+            return metadata_of(self._model, name.removesuffix(".pth"))
         except Exception:
-            if is_due or not self._stop_request.is_made:
+            if not is_asked:
                 raise
             # Nobody expected a checkpoint here, before a score is there, for example.
             get_root_logger().warning(
@@ -121,18 +141,21 @@ class CheckpointSaver:
             return ""
 
     def _write(
-        self, store: CheckpointStore, checkpoint: dict[str, Any], name: CheckpointName, is_last: bool
+        self, save: Callable[[CheckpointStore, dict[str, Any]], Path], name: CheckpointName, is_last: bool
     ) -> None:
+        """Save in the store, if there is one: a rehearsal has none."""
+        store, root = self._store, self._settings.save_root
+        if store is None or root is None:
+            return
+        if is_last and self._ranks.is_first:
+            root.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
         try:
             store.wait()  # for the one before
         except OSError as error:
             _say_lost(error)
-        place: dict[str, Any] = {"epoch": name.epoch, "iteration": name.iteration, "metadata": name.metadata}
         try:
-            if self._settings.async_chkpt and not is_last and self._start_note is None:
-                self.last = store.save_async(checkpoint, **place)
-            else:
-                self.last = store.save(checkpoint, **place)
+            place = {"epoch": name.epoch, "iteration": name.iteration, "metadata": name.metadata}
+            self.last = save(store, place)
         except OSError as error:
             if is_last:
                 raise

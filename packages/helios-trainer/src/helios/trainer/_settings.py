@@ -12,6 +12,8 @@ from typing import Any
 
 from helios.core.rng import DEFAULT_SEED
 from helios.trainer._naming import check_name
+from helios.trainer._replicas import Strategy
+from helios.trainer._seconds import check_seconds
 from helios.trainer._training_state import TrainingUnit
 from helios.trainer.logging._places import check_place, check_tensorboard
 
@@ -70,7 +72,9 @@ class TrainerSettings:
     async_chkpt: bool
     nprocs: int | None
     dry_run: int | None
+    strategy: Strategy
     accept_on_resume: tuple[str, ...]
+    dist_timeout_s: float | None
 
     def __post_init__(self) -> None:
         check_name("run_name", self.run_name)
@@ -78,6 +82,11 @@ class TrainerSettings:
             raise TypeError(
                 f"train_unit must be a TrainingUnit, found {type(self.train_unit).__name__} "
                 f"{self.train_unit!r}; TrainingUnit.from_str reads a name"
+            )
+        if not isinstance(self.strategy, Strategy):
+            raise TypeError(
+                "strategy must be Strategy.DDP or Strategy.FSDP, found "
+                f"{type(self.strategy).__name__} {self.strategy!r}"
             )
         for name in _FLAGS:
             _check_flag(name, getattr(self, name))
@@ -88,6 +97,8 @@ class TrainerSettings:
         _check_count("random_seed", self.random_seed, minimum=0)
         if self.random_seed >= 2**64:
             raise ValueError(f"random_seed must be less than 2**64, found {self.random_seed}")
+        if self.dist_timeout_s is not None:
+            check_seconds("dist_timeout_s", self.dist_timeout_s)
         self._check_end()
         self._check_pairs()
 
@@ -129,10 +140,6 @@ class TrainerSettings:
                 check_place(flag, name, getattr(self, name))
         if self.enable_tensorboard:
             check_tensorboard()
-        if self.nprocs is not None and self.nprocs > 1:
-            raise ValueError(
-                f"nprocs must be None or 1, found {self.nprocs}: this release trains in one process"
-            )
 
     @property
     def save_root(self) -> Path | None:
@@ -164,6 +171,7 @@ class TrainerSettings:
             "valid_frequency": self.valid_frequency,
             "early_stop_cycles": self.early_stop_cycles,
             "enable_deterministic": self.enable_deterministic,
+            "strategy": self.strategy.name,
         }
 
     def decisive(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A run that is killed before its first checkpoint starts again from the beginning, or from the checkpoint of an earlier
 release. It must go on in the same log file and TensorBoard folder, or its scalars would be there twice. The note is
-gone once there is a checkpoint, or when the run ends in any way but being killed.
+gone once there is a checkpoint, or when the run ends in any way but being killed, which of several ranks is unknown.
 """
 
 import contextlib

@@ -20,21 +20,30 @@ class StopRequest:
 
     Attributes:
         is_made: somebody did. A plain attribute, since the loop reads it after every batch.
-        signal: the signal that did, or None.
+        signal: the signal that did, or None; another process may have got it.
+        is_received: a signal reached this process.
+        of_parent: in a spawned process, what the parent sets its `value` of to the number of a signal that reached it.
     """
 
     def __init__(self) -> None:
-        self.is_made = False
+        self.is_made = self.is_received = False
         self.signal: signal.Signals | None = None
+        self.of_parent: Any = None
 
     def make(self, received: signal.Signals | None = None) -> None:
         """Ask."""
         quiet_workers()
-        self.is_made, self.signal = True, received
+        self.is_made, self.signal, self.is_received = True, received, received is not None
+
+    def hear(self, received: signal.Signals | None) -> None:
+        """Take over what another process of the run was asked, if nobody asked this one."""
+        if not self.is_made:
+            self.is_made, self.signal = True, received
 
     def withdraw(self) -> None:
         """Forget that somebody asked: another run begins."""
-        self.is_made, self.signal = False, None
+        self.is_made = self.is_received = False
+        self.signal = None
 
     def __str__(self) -> str:
         return "request_stop()" if self.signal is None else self.signal.name
@@ -133,7 +142,7 @@ def listening_to_signals(request: StopRequest) -> Iterator[None]:
     def on_signal(number: int, frame: FrameType | None) -> None:
         if os.getpid() != process_id:
             return  # a forked child, such as a loader's worker: Ctrl-C reaches it too, and we decide what it means
-        if request.signal is not None:
+        if request.is_received:
             put_back()
             signal.raise_signal(number)
             return

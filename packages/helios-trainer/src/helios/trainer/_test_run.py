@@ -8,17 +8,23 @@ from typing import Any
 
 import torch
 
+from helios.chkpt import load_sharded
 from helios.core.rng import seed_rngs
 from helios.data import DataModule
 from helios.trainer._bars import ProgressBars
-from helios.trainer._checkpoint import load_model
 from helios.trainer._earlier import is_earlier, targets_of
-from helios.trainer._execution import cudnn_benchmark, deterministic_kernels, on_device
+from helios.trainer._execution import Execution, cudnn_benchmark, deterministic_kernels, on_device
+from helios.trainer._facts import facts_of
 from helios.trainer._find import find_checkpoint
-from helios.trainer._fit import checked_loader, logged_exceptions, torn_down
+from helios.trainer._fit import logged_exceptions, torn_down
 from helios.trainer._hooks import Hooks, batches_of, evaluate, length_of
+from helios.trainer._layout import is_folder_of_parts
+from helios.trainer._loaders import check_batches, checked_loader, prepare
 from helios.trainer._model import Model, restore_tables
 from helios.trainer._plugin import PluginRegistry
+from helios.trainer._ranks import check_same, explaining, ranks_of, seed_rank
+from helios.trainer._replicas import evaluating, meshes_of
+from helios.trainer._resumption import load_model
 from helios.trainer._scalars import logging_scalars
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._stop_request import StopRequest
@@ -31,36 +37,47 @@ from helios.trainer.logging._places import LogTargets, choose_targets
 
 def run_test(
     settings: TrainerSettings,
+    execution: Execution,
     model: Model,
     datamodule: DataModule,
     plugins: PluginRegistry,
     trained: Trained | None,
+    *,
+    owns_group: bool = False,
 ) -> None:
     """Test a model on the test split.
 
     Args:
         settings: the trainer's settings.
+        execution: this process and its device.
         model: the user's model.
         datamodule: the user's data.
         plugins: the trainer's plug-ins.
         trained: what this trainer trained, if it is the model; otherwise the model is set up and, like the
             plug-ins, given its state from the last checkpoint of the run, if there is one.
+        owns_group: the group of processes was made for this run, and not by the user.
     """
     seed_rngs(settings.random_seed)
+    ranks = ranks_of(
+        execution, StopRequest(), settings.dist_timeout_s, owns_group=owns_group
+    )  # nobody can ask for a stop
     with ExitStack() as stack:
-        stack.enter_context(on_device(model.device))
-        loggers = RunLoggers(capture_warnings=settings.capture_warnings)
+        stack.callback(ranks.close)
+        stack.enter_context(on_device(execution.device))
+        loggers = RunLoggers(capture_warnings=settings.capture_warnings, rank=ranks.rank)
         stack.callback(loggers.close)
         stack.enter_context(logged_exceptions())
+        stack.enter_context(explaining(ranks))
+        check_same(ranks, facts_of(settings, execution, model, datamodule, plugins))
         name = settings.run_name or model.save_name
-        found = None if trained is not None else find_checkpoint(settings.chkpt_root, name, model)
+        found = None if trained is not None else find_checkpoint(settings.chkpt_root, name, model, ranks)
         before = _targets_before(trained, found)
-        loggers.open_log_file(choose_targets(name, *settings.log_folders, before))
+        loggers.open_log_file(ranks.on_first(lambda: choose_targets(name, *settings.log_folders, before)))
         loggers.open_writer(_event_sizes(trained, found))
         stack.enter_context(logging_scalars(model, TrainingState()))
-        stack.enter_context(torn_down(datamodule))
+        stack.enter_context(torn_down(datamodule, ranks))
         stack.enter_context(deterministic_kernels(settings.enable_deterministic))
-        datamodule.prepare_data()
+        prepare(datamodule, ranks, execution)
         datamodule.setup()
         loader = checked_loader(datamodule, "test", datamodule.test_dataloader())
         for plugin in plugins.values():
@@ -69,18 +86,24 @@ def run_test(
                 plugin.configure_model(model)
         if trained is None:
             _set_up(model, plugins, found)
-        del found  # or a second copy of the state would stay in memory
+        found = None  # or a second copy of the state would stay in memory
+        check_batches("test", loader, ranks, model)
         seed_rngs(settings.random_seed)  # again: whether the model was set up here must not matter
+        seed_rank(settings.random_seed, ranks)
         model.load_for_testing()
         hooks = Hooks(model, plugins)
-        bars = ProgressBars(settings.enable_progress_bar, settings.train_unit, settings.total_steps)
+        bars = ProgressBars(
+            settings.enable_progress_bar and ranks.is_first, settings.train_unit, settings.total_steps
+        )
         stack.enter_context(contextlib.closing(bars))
         stack.enter_context(cudnn_benchmark(False))
+        stack.enter_context(evaluating(model, ranks))
         hooks.testing_start()
         bar = bars.evaluation("test", length_of(loader, settings.dry_run))
-        with torch.no_grad(), batches_of(loader, StopRequest()) as batches:  # nobody can ask for a stop
+        with torch.no_grad(), batches_of(loader, StopRequest()) as batches:
             evaluate(batches, hooks.testing_batch, bar, settings.dry_run)
         hooks.testing_end()
+        ranks.wait_for_all()
 
 
 def _targets_before(trained: Trained | None, found: tuple[Path, dict[str, Any]] | None) -> list[LogTargets]:
@@ -110,7 +133,12 @@ def _set_up(model: Model, plugins: PluginRegistry, found: tuple[Path, dict[str, 
         get_root_logger().warning("testing the model as it was set up: no checkpoint of the run was found")
         return
     path, checkpoint = found
-    load_model(model, checkpoint["model"], path)
+    state: Any = checkpoint["model"]
+    if is_folder_of_parts(path):
+        types = model.types_for_safe_load()
+        whole = load_sharded(path, meshes=meshes_of(model), map_location=model.map_loc, safe_types=types)
+        state = whole["model"]
+    load_model(model, state, path)
     if not is_earlier(checkpoint):  # earlier releases did not keep them
         restore_tables(model, checkpoint["training_state"]["trainer"]["tables"])
     for plug_id, plugin in plugins.items():

@@ -1,22 +1,38 @@
 """Trainer: the arguments, and what the user calls."""
 
+import functools
 import os
 import signal
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from helios.core.rng import seed_rngs
 from helios.data import DataModule
-from helios.trainer._execution import select_execution
+from helios.trainer._execution import Execution, select_executions
 from helios.trainer._fit import FitRun
+from helios.trainer._launch import launch, make_stop_flag, refuse_while_importing, request_stop
 from helios.trainer._model import Model
 from helios.trainer._plugin import Plugin, PluginRegistry, is_overridden
+from helios.trainer._rank_process import SpawnContext
+from helios.trainer._replicas import Strategy
 from helios.trainer._settings import make_settings, rehearsing
+from helios.trainer._spawn_queue import SpawnQueue
 from helios.trainer._stop_request import StopRequest
 from helios.trainer._test_run import run_test
 from helios.trainer._trained import Trained
 from helios.trainer._training_state import TrainingUnit
+from helios.trainer.distributed import (
+    default_backend,
+    get_global_rank,
+    get_world_size,
+    init_dist,
+    is_dist_active,
+    shutdown_dist,
+)
 
+T = TypeVar("T")
 PathArgument = str | os.PathLike[str]
 
 
@@ -37,7 +53,8 @@ class Trainer:
         enable_deterministic: use deterministic kernels, on the CPU too.
         early_stop_cycles: stop after this many validations in a row without improvement.
         use_cpu: train on the CPU.
-        gpus: ids of the CUDA devices to train on; None takes the CUDA device if there is one. One id, in this release.
+        gpus: ids of the CUDA devices to train on; None takes all that there are. With several, a process is spawned for
+            each. Under torchrun a process takes that of its local rank.
         random_seed: seed of all generators; None is 6691.
         enable_tensorboard: write TensorBoard events below `run_path`.
         enable_file_logging: write a log file below `log_path`.
@@ -49,23 +66,28 @@ class Trainer:
         print_banner: say at the start what is run, and on what.
         keep_last: how many checkpoints to keep; None keeps all.
         async_chkpt: write checkpoints in the background.
-        nprocs: processes to train in; 1, in this release.
+        nprocs: processes to train in on the CPU; more than one are spawned. On CUDA `gpus` decides, and under torchrun
+            torchrun does.
         dry_run: rehearse: so many training, validation and test batches through every hook (by ITERATION whole
             iterations, at least one), a checkpoint made but not written, nothing left on the disk, nothing resumed.
         accept_on_resume: names of what may differ from the run that is gone on with, or be missing in its checkpoint,
             each with a warning instead of an error: "train_unit", "accumulation_steps", "random_seed" (the new value
             is taken); "rng" (the generators go on as seeded) or only "rng.cuda"; "data" (the epoch in progress begins
             anew); the id of a plug-in (it begins anew).
+        strategy: how `Model.distribute` puts networks on several ranks: a copy on each, or in parts.
+        dist_timeout_s: how long processes wait for one another, in seconds, before the run ends with an error; None is
+            torch's default. Longer than what one of them does alone: rank 0 writes checkpoints, and prepares data.
 
     Attributes:
         settings: the arguments, checked.
         train_exceptions: types of exceptions that `fit` passes unchanged.
         test_exceptions: types of exceptions that `test` passes unchanged.
         plugins: the plug-ins; `plugins.append(plugin)` adds one.
-        queue: a multiprocessing queue in spawned processes; None otherwise.
+        queue: if processes are spawned, a queue that they put into, and that can be read here after `fit` and `test`;
+            None otherwise. What is put is pickled at once. It has `put`, `get`, `get_nowait`, `empty` and `qsize`.
         rank: number of this process in the run.
         local_rank: number of this process on its machine.
-        gpu_ids: the CUDA devices of the run.
+        gpu_ids: the CUDA devices of the run; under torchrun those of this machine.
         stopped_by: the signal that asked the last `fit` to stop, if one did; also if it came when all was done.
 
     Raises:
@@ -102,14 +124,16 @@ class Trainer:
         *,
         dry_run: int | None = None,
         accept_on_resume: Iterable[str] = (),
+        strategy: Strategy = Strategy.DDP,
+        dist_timeout_s: float | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         self.settings = make_settings(**arguments)
-        self._execution = select_execution(use_cpu, gpus)
+        self._executions = select_executions(use_cpu, gpus, nprocs)
         self.train_exceptions: list[type[BaseException]] = []
         self.test_exceptions: list[type[BaseException]] = []
         self.plugins = PluginRegistry()
-        self.queue: Any = None
+        self.queue: SpawnQueue | None = SpawnQueue() if self._spawns else None
         self.rank = self._execution.rank
         self.local_rank = self._execution.local_rank
         self.gpu_ids = list(self._execution.gpu_ids)
@@ -117,6 +141,8 @@ class Trainer:
         self._stop_request = StopRequest()
         self._trained: Trained | None = None
         self._configured: list[Plugin] = []
+        # Shared with spawned processes: the signal that asked them to stop.
+        self._stop_flag: Any = make_stop_flag() if self._spawns else None
 
     def fit(self, model: Model, datamodule: DataModule) -> bool:
         """Train, going on from the last good checkpoint of the run if there is one.
@@ -131,6 +157,11 @@ class Trainer:
         While checkpoints are on, SIGTERM, SIGUSR1 and Ctrl-C stop it after the iteration in progress (after the
         validation in progress, if there is one), with a checkpoint; the next `fit` goes on there. A second signal does
         what it always did, at once.
+
+        With several GPUs, or `nprocs`, processes are spawned, and each trains a copy: model and data module that are
+        given here are as before afterwards. What is to come back goes through `queue` or a checkpoint; `test` loads the
+        last one. The script must be importable (what it does below `if __name__ == "__main__":`), and what is given
+        here, and the plug-ins, can be pickled. `prepare_data` runs once, here, before.
 
         Returns:
             True: the run has finished, now or before. False: it was asked to stop, and is to go on another time. What
@@ -149,10 +180,9 @@ class Trainer:
             raise ValueError("total_steps is 0, there is nothing to train: give the Trainer a total_steps")
         self._trained, self.stopped_by = None, None
         self._stop_request.withdraw()
-        _call(lambda: self._fit(model, datamodule), "training", self.train_exceptions)
-        assert self._trained is not None
-        self.stopped_by = self._stop_request.signal
-        return self._trained.is_finished
+        outcome = _call(lambda: self._fit(model, datamodule), "training", self.train_exceptions)
+        self.stopped_by = outcome.stopped_by
+        return outcome.is_finished
 
     def request_stop(self) -> None:
         """Let `fit` stop after the iteration in progress, with a checkpoint, and return False: as a signal does.
@@ -161,6 +191,8 @@ class Trainer:
         forgotten when it begins.
         """
         self._stop_request.make()
+        if self._stop_flag is not None:
+            request_stop(self._stop_flag)
 
     def test(self, model: Model, datamodule: DataModule) -> bool:
         """Test a model: as `fit` left it, or else set up and loaded from the last checkpoint of the run.
@@ -181,17 +213,94 @@ class Trainer:
         _call(lambda: self._test(model, datamodule), "testing", self.test_exceptions)
         return True
 
-    def _fit(self, model: Model, datamodule: DataModule) -> None:
+    @property
+    def _execution(self) -> Execution:
+        """This process; while others are spawned, the first of them."""
+        return self._executions[0]
+
+    @property
+    def _spawns(self) -> bool:
+        return len(self._executions) > 1
+
+    def _fit(self, model: Model, datamodule: DataModule) -> "_Outcome":
         self._introduce(model, datamodule)
-        with rehearsing(self.settings) as settings:
-            run = FitRun(settings, self._execution, model, datamodule, self.plugins, self._stop_request)
+        if self._spawns:
+            listens = (
+                self.settings.save_root is not None
+            )  # else there is nothing to do before the processes end
+            return self._launch(_fit_rank, model, datamodule, listens=listens)
+        with self._in_group() as owns, rehearsing(self.settings) as settings:
+            parts = (model, datamodule, self.plugins, self._stop_request)
+            run = FitRun(settings, self._execution, *parts, owns_group=owns)
             self._trained = run.run()
+        return _Outcome(self._trained.is_finished, self._stop_request.signal)
 
     def _test(self, model: Model, datamodule: DataModule) -> None:
         self._introduce(model, datamodule)
+        if self._spawns:
+            self._launch(_test_rank, model, datamodule, listens=False)
+            return
         trained = self._trained if self._trained is not None and self._trained.model is model else None
-        with rehearsing(self.settings) as settings:
-            run_test(settings, model, datamodule, self.plugins, trained)
+        with self._in_group() as owns, rehearsing(self.settings) as settings:
+            parts = (model, datamodule, self.plugins, trained)
+            run_test(settings, self._execution, *parts, owns_group=owns)
+
+    def _launch(
+        self,
+        run: "Callable[[Trainer, Model, DataModule, Execution, SpawnContext], T]",
+        model: Model,
+        datamodule: DataModule,
+        *,
+        listens: bool,
+    ) -> T:
+        """Run a function in the processes of the run, each with copies of this trainer, the model and the data."""
+        refuse_while_importing()
+        assert self.queue is not None
+        self._stop_flag.value = 0
+        datamodule.prepare_data()
+        return launch(
+            functools.partial(run, self, model, datamodule),
+            self._executions,
+            queue=self.queue,
+            timeout_s=self.settings.dist_timeout_s,
+            stop_flag=self._stop_flag,
+            listens=listens,
+        )
+
+    def _enter_rank(self, execution: Execution, context: SpawnContext) -> None:
+        """Become the copy that runs in a spawned process."""
+        self._executions = (execution,)
+        self.rank, self.local_rank = execution.rank, execution.local_rank
+        self.queue, self._stop_request.of_parent = context.queue, context.stop_flag
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what goes into a spawned process; it gets queue and flag of its own."""
+        return {**self.__dict__, "queue": None, "_stop_flag": None}
+
+    @contextmanager
+    def _in_group(self) -> Iterator[bool]:
+        """Be in the group of processes inside, if there are to be several; yield whether it is not the user's own."""
+        execution = self._execution
+        if is_dist_active() and (get_global_rank(), get_world_size()) != (
+            execution.rank,
+            execution.world_size,
+        ):
+            raise RuntimeError(
+                f"the active group of processes has rank {get_global_rank()} of {get_world_size()}, but the trainer "
+                f"was made for rank {execution.rank} of {execution.world_size}: make the Trainer, and call "
+                "init_dist, in processes that torchrun has started"
+            )
+        if not execution.has_group or is_dist_active():
+            yield False
+            return
+        backend = default_backend(execution.device.type == "cuda")
+        init_dist(backend=backend, timeout_s=self.settings.dist_timeout_s)
+        try:
+            yield True
+        except BaseException:
+            shutdown_dist(has_failed=True)
+            raise
+        shutdown_dist()
 
     def _check(self, model: Model, datamodule: DataModule) -> None:
         if not isinstance(model, Model):
@@ -224,9 +333,31 @@ class Trainer:
         model.is_distributed = datamodule.is_distributed = self._execution.is_distributed
 
 
-def _call(run: Callable[[], None], activity: str, passed: list[type[BaseException]]) -> None:
+@dataclass(frozen=True)
+class _Outcome:
+    """How a `fit` ended."""
+
+    is_finished: bool
+    stopped_by: signal.Signals | None
+
+
+def _fit_rank(
+    trainer: Trainer, model: Model, datamodule: DataModule, execution: Execution, context: SpawnContext
+) -> _Outcome:
+    trainer._enter_rank(execution, context)
+    return trainer._fit(model, datamodule)
+
+
+def _test_rank(
+    trainer: Trainer, model: Model, datamodule: DataModule, execution: Execution, context: SpawnContext
+) -> None:
+    trainer._enter_rank(execution, context)
+    trainer._test(model, datamodule)
+
+
+def _call(run: Callable[[], T], activity: str, passed: list[type[BaseException]]) -> T:
     try:
-        run()
+        return run()
     except Exception as error:
         if isinstance(error, tuple(passed)):
             raise

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from helios.core.rng import get_rng_state_dict
+from helios.trainer._digest import digest
 from helios.trainer._model import Model
 from helios.trainer._modules import optimizers_of, tensors_of
-from helios.trainer.ledger._digest import digest
 
 
 def generators() -> dict[str, str]:

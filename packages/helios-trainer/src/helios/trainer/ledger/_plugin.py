@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from helios.data import ResumableDataLoader
+from helios.trainer._digest import digest
 from helios.trainer._model import Model
 from helios.trainer._plugin import Plugin
 from helios.trainer._training_state import TrainingState
 from helios.trainer.ledger._components import generators, losses, optimizers, weights
-from helios.trainer.ledger._digest import digest
 from helios.trainer.ledger._file import LedgerFile, Mark
 from helios.trainer.ledger._format import FORMAT, HEADER_KEY
 
@@ -77,13 +77,13 @@ class Ledger(Plugin):
         self._restored = state
 
     def on_training_start(self) -> None:
-        """Open the file: cut back to the checkpoint, or anew.
+        """Open the file: cut back to the checkpoint, or anew. With several ranks, the file is of rank 0.
 
         Raises:
             LedgerError: it is not the file that it should be.
             OSError: it cannot be opened, or begun.
         """
-        if self.trainer.settings.dry_run is not None:
+        if self.trainer.settings.dry_run is not None or self.trainer.rank > 0:
             return
         if self._restored is None:
             self._file = LedgerFile.begin(self.path, self._header())

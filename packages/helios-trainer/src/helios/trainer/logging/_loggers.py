@@ -19,7 +19,7 @@ from helios.trainer.logging._places import LogTargets, naming
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-_LINE_FORMAT = "[%(asctime)s] %(levelname)s: %(message)s"
+_LINE_FORMAT = "[%(asctime)s] %(levelname)s: {}%(message)s"
 
 
 def get_root_logger() -> logging.Logger:
@@ -98,11 +98,16 @@ class RunLoggers:
 
     What is logged before there is a log file is written to it once there is. `close` puts everything back.
 
+    Rank 0 alone writes. The others say what is wrong with them, on their consoles and, if it ends them, in the log file
+    of rank 0.
+
     Args:
         capture_warnings: write Python's warnings to the same places.
+        rank: of this process.
     """
 
-    def __init__(self, *, capture_warnings: bool) -> None:
+    def __init__(self, *, capture_warnings: bool, rank: int = 0) -> None:
+        self._rank = rank
         self.targets = LogTargets(log_file=None, run_folder=None)
         self._writer: Any = None
         self._loggers = [get_root_logger()]
@@ -116,7 +121,7 @@ class RunLoggers:
             get_root_logger().setLevel(logging.INFO)
         self._early = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
         self._handlers: list[logging.Handler] = []
-        self._add(_ConsoleHandler())
+        self._add(_ConsoleHandler(), level=logging.NOTSET if rank == 0 else logging.WARNING)
         self._add(self._early)
 
     def open_log_file(self, targets: LogTargets) -> None:
@@ -128,9 +133,10 @@ class RunLoggers:
         self.targets = targets
         if targets.log_file is not None:
             file = _open_log_file(targets.log_file)
-            self._add(file)
-            self._early.setTarget(file)
-            self._early.flush()
+            self._add(file, level=logging.NOTSET if self._rank == 0 else logging.ERROR)
+            if self._rank == 0:
+                self._early.setTarget(file)
+                self._early.flush()
         self._remove(self._early)
 
     def open_writer(self, event_sizes: Mapping[str, int] | None) -> None:
@@ -140,7 +146,7 @@ class RunLoggers:
             event_sizes: when a run is resumed, the sizes of its event files at the checkpoint: what they have
                 beyond is purged.
         """
-        if self.targets.run_folder is not None:
+        if self.targets.run_folder is not None and self._rank == 0:
             self._writer = _open_writer(self.targets.run_folder, event_sizes)
             vars(get_root_logger())["tensorboard_writer"] = self._writer
 
@@ -167,12 +173,14 @@ class RunLoggers:
             logging.captureWarnings(False)
         if self._writer is not None:
             self._writer.close()
-        elif self.targets.run_folder is not None:
+        elif self.targets.run_folder is not None and self._rank == 0:
             with contextlib.suppress(OSError):  # it has something in it
                 self.targets.run_folder.rmdir()
 
-    def _add(self, handler: logging.Handler) -> None:
-        handler.setFormatter(_Formatter(_LINE_FORMAT, "%Y-%m-%d %H:%M:%S"))
+    def _add(self, handler: logging.Handler, level: int = logging.NOTSET) -> None:
+        of_rank = f"rank {self._rank}: " if self._rank else ""
+        handler.setFormatter(_Formatter(_LINE_FORMAT.format(of_rank), "%Y-%m-%d %H:%M:%S"))
+        handler.setLevel(level)
         for logger in self._loggers:
             logger.addHandler(handler)
         self._handlers.append(handler)

@@ -104,6 +104,11 @@ class Runner:
         origin = find_last_checkpoint(root)
         self._scramble(is_resumed=origin is not None)
         trainer, model, datamodule = self._make(root)
+        if trainer._spawns:
+            raise ValueError(
+                f"check_resume runs in one process, and make_trainer gives a Trainer of {len(trainer._executions)}: "
+                "leave nprocs out, or give one of the gpus"
+            )
         trainer.settings = dataclasses.replace(
             trainer.settings,
             print_banner=False,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helios.core import rng
-from helios.trainer.ledger._digest import digest
+from helios.trainer._digest import digest
 
 Pair = namedtuple("Pair", "x y")
 
@@ -67,7 +67,7 @@ def test_digests_are_the_same_in_every_process_and_release(python):
     value = '[{"x": torch.arange(6.).reshape(2, 3), "s": {"a", "b", "c"}, "n": None}, ("é", 1.5, True), np.arange(3)]'
     code = f"""
 import numpy as np, torch
-from helios.trainer.ledger._digest import digest
+from helios.trainer._digest import digest
 print(digest({value}))
 """
     assert python(code).strip() == digest(eval(value)) == "5a4d265ea5dd49e7"

@@ -1,7 +1,8 @@
 """Digests of anything that a batch or an optimizer holds, the same in every process and on every machine.
 
 BLAKE2b of 8 bytes over the kind of each value, its size and its content: of a tensor its dtype, its shape and its
-bytes in row-major order (as a little-endian machine has them), wherever the tensor is; of numbers their `repr`; of
+bytes in row-major order (as a little-endian machine has them), wherever the tensor is, and of one that is in parts on
+several ranks the part of this rank; of numbers their `repr`; of
 lists and tuples their items in order, of mappings and sets in the order of the digests of keys and items; of other
 objects what pickle would take of them.
 """
@@ -14,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from helios.trainer._layout import is_dtensor
 
 _PLAIN = (type(None), bool, int, float, complex)
 
@@ -63,6 +66,8 @@ class _Digester:
 
     def _add_tensor(self, tensor: torch.Tensor) -> None:
         tensor = tensor.detach()
+        if is_dtensor(tensor):
+            tensor = tensor.to_local()
         self._add_bytes("tensor", f"{tensor.dtype} {_shape_of(tensor)}".encode())
         if tensor.is_nested:
             self._add_items("nested", tensor.unbind())
