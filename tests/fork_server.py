@@ -9,7 +9,9 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import job
 import torch._dynamo
@@ -18,18 +20,17 @@ import torch.utils.tensorboard
 assert torch._dynamo and torch.utils.tensorboard  # imported for the jobs: an optimizer imports the former
 
 
-def run_in_child(values: dict[str, object]) -> None:
+def run_in_child(run: Callable[[], bool], root: Path) -> NoReturn:
     """Run a job in a process group, with its output in a file, and leave without the parent's clean-up."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have had us ignore
-    root = Path(str(values["root"]))
     root.mkdir(parents=True, exist_ok=True)
     output = os.open(root / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     status = 1
     try:
-        status = 0 if job.run(job.Job(**values)) else os.EX_TEMPFAIL
+        status = 0 if run() else os.EX_TEMPFAIL
     except BaseException:
         traceback.print_exc()
     finally:
@@ -43,7 +44,8 @@ def main() -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            run_in_child(json.loads(line))
+            started = job.Job(**json.loads(line))
+            run_in_child(lambda: job.run(started), Path(started.root))  # noqa: B023  # called at once
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 

@@ -48,6 +48,7 @@ class Job:
         is_async: write checkpoints in the background.
         signal: name of the signal that it sends itself.
         to_workers: the signal goes to the loader's workers too, as from a terminal or a batch system.
+        num_signals: how often it sends itself the signal, one right after the other.
         kill: (hook, number): the signal is sent when that hook is called with that number; None sends none. It is
             that of the batch, epoch or validation, from 1; in a validation step ten times the validation plus the
             step; when a file takes its name the batch in the name, 0 for the note that a run begins with; else 0.
@@ -65,6 +66,7 @@ class Job:
     is_async: bool = False
     signal: str = "SIGKILL"
     to_workers: bool = False
+    num_signals: int = 1
     kill: Place | None = None
 
     def reach(self, hook: str, number: int = 0) -> None:
@@ -74,11 +76,13 @@ class Job:
         if self.kill is not None and tuple(self.kill) == (hook, number):
             with Path(self.root, "kills.txt").open("a") as file:
                 file.write(f"{hook} {number}\n")
-            self._send_signal(signal.Signals[self.signal])
+            self._meet_its_fate()
 
-    def _send_signal(self, number: int) -> None:
+    def _meet_its_fate(self) -> None:
+        number = signal.Signals[self.signal]
         if not self.to_workers:
-            os.kill(os.getpid(), number)
+            for _ in range(self.num_signals):
+                os.kill(os.getpid(), number)
             return
         # A stranger sends it: workers go quietly if it is their parent who does.
         stranger = os.fork()
@@ -91,8 +95,11 @@ class Job:
 class Points(torch.utils.data.Dataset[Any]):
     """Vectors with noise from all generators."""
 
+    def __init__(self, num_samples: int = NUM_SAMPLES) -> None:
+        self._num_samples = num_samples
+
     def __len__(self) -> int:
-        return NUM_SAMPLES
+        return self._num_samples
 
     def __getitem__(self, index: int) -> Any:
         noise = rng.get_default_numpy_rng().generator.normal() + random.gauss(0, 1)
@@ -125,13 +132,17 @@ class PointsModel(Model):
 
     def setup(self, fast_init: bool = False) -> None:
         self._job.reach("setup")
-        self.net = nn.Sequential(
-            nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.3), nn.Linear(12, 3)
-        )
+        self.net = self.distribute(self._network())
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.01)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 5, 0.9)
         self.best = float("inf")
         self._cycle = 0
+
+    def _network(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 12), self._norm(), nn.ReLU(), nn.Dropout(0.3), nn.Linear(12, 3))
+
+    def _norm(self) -> nn.Module:
+        return nn.BatchNorm1d(12)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -222,7 +233,8 @@ def reach_in_save(job: Job) -> None:
     replace = os.replace
 
     def observed_replace(source: Any, target: Any, **kwargs: Any) -> None:
-        name = parse_name(Path(target).name)
+        # Of one that is a folder, its main file.
+        name = parse_name(Path(target).name) or parse_name(Path(target).parent.name)
         number = 0 if name is None else name.iteration
         job.reach("before_replace", number)
         replace(source, target, **kwargs)

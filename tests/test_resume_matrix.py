@@ -264,7 +264,12 @@ def test_everything_that_is_compared_has_a_control(whole):
         whole(PLAIN), whole(VALIDATED)
     )  # likewise: it is what is only warned of
     names = {name for control in CONTROLS.values() for name in control.differing}
-    assert names | {"trainer.settings", "trainer.noted"} == set(whole(VALIDATED))
+    of_ranks = {
+        "trainer.world_size",
+        "trainer.ranks",
+        "trainer.unsynchronised",
+    }  # see test_rank_matrix.py, and test_elastic.py for the first
+    assert names | {"trainer.settings", "trainer.noted"} | of_ranks == set(whole(VALIDATED))
 
 
 @pytest.mark.parametrize(
