@@ -8,8 +8,16 @@ import warnings
 from benchmarks.harness import Options, environment
 
 THEMES = ["data_seek", "data_throughput", "data_memory", "data_loader", "data_rekey", "data_resume"]
-THEMES += ["chkpt_save", "chkpt_async", "chkpt_load", "chkpt_start", "chkpt_migrate", "chkpt_find"]
-THEMES += ["trainer_overhead", "trainer_start", "trainer_stall"]
+THEMES += [
+    "chkpt_save",
+    "chkpt_async",
+    "chkpt_load",
+    "chkpt_start",
+    "chkpt_migrate",
+    "chkpt_find",
+    "chkpt_sharded",
+]
+THEMES += ["trainer_overhead", "trainer_start", "trainer_stall", "trainer_ranks"]
 
 
 def main() -> None:
