@@ -111,6 +111,8 @@ def isolate(session: nox.Session, name: str, wheels: Path, place: Path) -> None:
             "--dist",
             "worksteal",
         ]
+        # What such tests find does not depend on where a package is installed, and the session `tests` runs them all.
+        options += ["-m", "not many_processes"]
         session.run(python, "-I", "-m", "pytest", *options, "tests", external=True)
     if SIBLINGS[name]:
         # In a checkout the folder alone is enough: its siblings come from beside it.
@@ -157,6 +159,13 @@ def matrix(session: nox.Session) -> None:
     """Slow, about 5 minutes: 400 cases of the matrix of kills, or as many as the argument says, or `all`."""
     install_packages(session)
     session.run("python", "tests/matrix_session.py", *session.posargs)
+
+
+@nox.session
+def ranks(session: nox.Session) -> None:
+    """Slow, about 15 minutes: 200 cases of the matrix on several ranks, other numbers of ranks, dead ones; or `all`."""
+    install_packages(session)
+    session.run("python", "tests/rank_matrix_session.py", *session.posargs)
 
 
 @nox.session
