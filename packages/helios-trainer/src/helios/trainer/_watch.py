@@ -44,9 +44,8 @@ class Watch:
         default: Any = dist.distributed_c10d._get_default_store()
         self._store, self._of_thread = (PrefixStore(name, default.clone()) for _ in range(2))
         self._place = 0  # the last that the main thread has passed
-        self._num_votes = self._last_no = (
-            0  # votes that it has taken part in, and the last in which it said no
-        )
+        # Votes that it has taken part in, and the last in which it said no.
+        self._num_votes = self._last_no = 0
         self._is_woken = False
         self._stop_place: int | None = None
         self._publishing = threading.Lock()
