@@ -111,8 +111,8 @@ def isolate(session: nox.Session, name: str, wheels: Path, place: Path) -> None:
             "--dist",
             "worksteal",
         ]
-        # What such tests find does not depend on where a package is installed, and the session `tests` runs them all.
-        options += ["-m", "not many_processes"]
+        # What long tests find does not depend on where a package is installed, and the session `tests` runs them.
+        options += ["-m", "not long"]
         session.run(python, "-I", "-m", "pytest", *options, "tests", external=True)
     if SIBLINGS[name]:
         # In a checkout the folder alone is enough: its siblings come from beside it.

@@ -13,7 +13,9 @@ import torch
 
 def pytest_configure(config: pytest.Config) -> None:
     """Name the marks, for where there is no pyproject.toml."""
-    config.addinivalue_line("markers", "many_processes: starts many, and takes long for it")
+    config.addinivalue_line(
+        "markers", "long: takes long, and finds nothing that depends on where a package is installed"
+    )
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ import torch
 
 from helios import chkpt
 
+pytestmark = pytest.mark.long
+
 SMALL: dict[str, object] = {"w": torch.arange(4.0), "n": {"x": [1, 2.5, "a"]}}
 READERS: dict[str, Callable[[Path], object]] = {
     "load": chkpt.load,

@@ -20,6 +20,8 @@ import torch
 from helios import chkpt
 from helios.chkpt._format.decode import MAX_DEPTH
 
+pytestmark = pytest.mark.long
+
 Change = Callable[[dict[str, Any]], object]
 
 

@@ -14,6 +14,8 @@ import torch
 from helios import chkpt
 from helios.chkpt import CheckpointStore, _atomic, _find
 
+pytestmark = pytest.mark.long
+
 WRITER = """
 import sys
 import torch

@@ -11,7 +11,7 @@ import pytest
 
 from helios import chkpt
 
-pytestmark = pytest.mark.many_processes
+pytestmark = pytest.mark.long
 
 DRIVER = Path(__file__).parent / "storm_driver.py"
 OPERATIONS = ["overwrite", "async", "retention", "migrate"]

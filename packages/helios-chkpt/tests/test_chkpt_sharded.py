@@ -13,7 +13,7 @@ import torch
 
 from helios import chkpt
 
-pytestmark = pytest.mark.many_processes
+pytestmark = pytest.mark.long
 
 
 NAME = "run_epoch_1_iter_2.dcp"

@@ -413,7 +413,7 @@ migrate_checkpoints_to_current_version(Path(sys.argv[1]))
 """
 
 
-@pytest.mark.many_processes
+@pytest.mark.long
 def test_killed_at_any_instant_there_is_the_old_file_or_the_new(tmp_path: Path) -> None:
     """And the next migration ends it, sweeps what is left, and never makes a second backup."""
     moments, seen = random.Random(5), set()

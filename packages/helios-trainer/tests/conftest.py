@@ -16,7 +16,9 @@ HERE = Path(__file__).parent
 
 def pytest_configure(config):
     """Name the marks, for where there is no pyproject.toml."""
-    config.addinivalue_line("markers", "many_processes: starts many, and takes long for it")
+    config.addinivalue_line(
+        "markers", "long: takes long, and finds nothing that depends on where a package is installed"
+    )
 
 
 @pytest.fixture(scope="session")

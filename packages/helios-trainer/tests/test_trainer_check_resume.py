@@ -21,6 +21,8 @@ from helios.data import DataModule
 from helios.trainer import Model, Plugin, Trainer, TrainingUnit
 from helios.trainer.testing import ResumeError, check_resume
 
+pytestmark = pytest.mark.long
+
 NUM_SAMPLES, BATCH_SIZE = 8, 2  # epochs of 4 batches
 
 

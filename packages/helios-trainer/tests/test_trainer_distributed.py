@@ -11,7 +11,7 @@ import torch
 
 import helios.trainer.distributed as hd
 
-pytestmark = pytest.mark.many_processes
+pytestmark = pytest.mark.long
 
 JOB = Path(__file__).parent / "distributed_job.py"
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -15,7 +15,7 @@ import torch
 import helios.trainer as hlt
 from helios.chkpt import load
 
-pytestmark = pytest.mark.many_processes
+pytestmark = pytest.mark.long
 
 PAGE = Path(__file__).parents[1].joinpath("docs", "distributed.md").read_text(encoding="utf-8")
 (SCRIPT,) = (block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "__main__" in block)

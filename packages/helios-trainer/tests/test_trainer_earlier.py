@@ -11,6 +11,8 @@ import torch
 
 from helios.chkpt import CheckpointName, find_last_checkpoint, format_name, load, save
 
+pytestmark = pytest.mark.long
+
 COUNTERS = (
     "current_iteration",
     "global_iteration",

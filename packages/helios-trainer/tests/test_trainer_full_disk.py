@@ -8,7 +8,7 @@ import pytest
 
 from helios.chkpt import find_last_checkpoint, load, verify
 
-pytestmark = pytest.mark.many_processes
+pytestmark = pytest.mark.long
 
 SCRIPT = """
 import resource, signal, sys, threading

@@ -15,7 +15,7 @@ from helios.trainer._launch import _revived
 from helios.trainer._rank_process import Failure
 from helios.trainer._spawn_queue import SpawnQueue
 
-pytestmark = pytest.mark.many_processes
+pytestmark = pytest.mark.long
 
 JOB = Path(__file__).parent / "launch_job.py"
 

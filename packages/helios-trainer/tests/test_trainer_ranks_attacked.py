@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.many_processes
+pytestmark = pytest.mark.long
 
 JOB = Path(__file__).parent / "ranks_attacked_job.py"
 

@@ -12,6 +12,8 @@ from helios.chkpt import find_last_checkpoint, load, load_last_checkpoint, save
 from helios.core import rng
 from helios.trainer import Model
 
+pytestmark = pytest.mark.long
+
 NUM_START_CALLS = 3  # setup, on_training_start, train
 
 

@@ -39,7 +39,7 @@ def test_fit_and_test_in_spawned_processes(scenario):
     assert result["prepared to test"] == ["parent"]
 
 
-@pytest.mark.many_processes
+@pytest.mark.long
 def test_exceptions_of_spawned_processes(scenario):
     result = torch.load(scenario("exceptions"))
     kind, text, notes = result["fit"]
@@ -51,7 +51,7 @@ def test_exceptions_of_spawned_processes(scenario):
     assert result["flag"] == [-1, 15]  # a request without a signal does not hide one
 
 
-@pytest.mark.many_processes
+@pytest.mark.long
 def test_ranks_of_torchrun(scenario):
     path = scenario("torchrun", *TORCHRUN)
     results = [torch.load(f"{path}{rank}") for rank in (0, 1)]

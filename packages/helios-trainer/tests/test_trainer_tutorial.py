@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+pytestmark = pytest.mark.long
+
 PAGE = Path(__file__).parents[1].joinpath("docs", "tutorial.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(python|bash|text)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
