@@ -9,6 +9,13 @@ import pytest
 from helios.core import rng
 
 
+def pytest_configure(config):
+    """Name the marks, for where there is no pyproject.toml."""
+    config.addinivalue_line(
+        "markers", "long: takes long, and finds nothing that depends on where a package is installed"
+    )
+
+
 @pytest.fixture
 def seeded():
     rng.seed_rngs(1)

@@ -28,6 +28,8 @@ from helios.data import (
     WeightedOrder,
 )
 
+pytestmark = pytest.mark.long
+
 exact = settings(deadline=None, derandomize=True)  # no clock, the same examples every time
 MASK = 2**64 - 1
 LENGTHS = [37 * i % 23 for i in range(50)]  # each length twice or more: the sort has ties

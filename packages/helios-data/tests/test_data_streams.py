@@ -19,6 +19,7 @@ from helios.core import rng
 from helios.data import LoaderStateError, ResumableSequentialSampler, StreamDataLoader, create_dataloader
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.usefixtures("seeded", "no_worker_stays"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # on a machine with one core
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),  # Python 3.12 and later

@@ -27,6 +27,7 @@ from helios.data import Permutation, ResumableDistributedSampler, ResumableRando
 from helios.data._orphans import end_with_parent, has_parent
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.usefixtures("seeded", "no_worker_stays"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # on a machine with one core
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),  # Python 3.12 and later
