@@ -452,7 +452,8 @@ def test_interrupted(tmp_path: Path) -> None:
         started = time.monotonic()
         while process.stdout.readline():
             assert time.monotonic() < started + 60
-        assert process.stderr.read() == "helios-chkpt: interrupted\n"
+        # Before it Python may say of a file that the interrupt kept from being opened in full.
+        assert process.stderr.read().endswith("helios-chkpt: interrupted\n")
     assert process.returncode == 130
 
 
