@@ -28,6 +28,8 @@ from helios.chkpt_migrator import (
 )
 from helios.chkpt_migrator._migrate import checkpoint_files, migrate_file, total_bytes
 
+pytestmark = pytest.mark.long
+
 LEGACY = Path(__file__).parent / "legacy"
 OLD = LEGACY / "2.0.1" / "amp" / "tiny_epoch_1_iter_6.pth"
 NAME = OLD.name
@@ -413,7 +415,6 @@ migrate_checkpoints_to_current_version(Path(sys.argv[1]))
 """
 
 
-@pytest.mark.long
 def test_killed_at_any_instant_there_is_the_old_file_or_the_new(tmp_path: Path) -> None:
     """And the next migration ends it, sweeps what is left, and never makes a second backup."""
     moments, seen = random.Random(5), set()

@@ -19,6 +19,8 @@ from helios.chkpt_migrator._rewrite import misfits, path_text, plain, rewritten,
 from helios.chkpt_migrator._schema import FIELDS, schema_of
 from helios.chkpt_migrator._steps import RESERVED, flatten, nest, pickle_training_state, plug_in_names
 
+pytestmark = pytest.mark.long
+
 COUNTERS = dict(zip(FIELDS, (12, 24, 3, 3, 4, 2, 0.005, 0), strict=True))
 SCALER = {
     "scale": 65536.0,

@@ -23,6 +23,8 @@ from helios.trainer import TrainingState
 from helios.trainer._bar import NoBar, PlainBar, TerminalBar
 from helios.trainer._bars import ProgressBars, describe
 
+pytestmark = pytest.mark.long
+
 PROGRAM = """if True:
     import functools, importlib.util, os, sys
     import tqdm as tqdm_module

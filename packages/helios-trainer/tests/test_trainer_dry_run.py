@@ -5,6 +5,8 @@ import torch
 
 from helios.trainer.logging import get_tensorboard_writer
 
+pytestmark = pytest.mark.long
+
 
 def rehearse(kit, tmp_path, unit, num_batches, model=None, **options):
     options = {

@@ -17,6 +17,8 @@ from helios.trainer._digest import digest
 from helios.trainer.ledger import Ledger, LedgerError, diff
 from helios.trainer.ledger._command import main
 
+pytestmark = pytest.mark.long
+
 JOB = Path(__file__).parent / "ledger_job.py"
 # Every place once, each in a process of its own: the run goes on from wherever the one before left it.
 PLACES = [

@@ -18,6 +18,8 @@ from helios.trainer import Trainer
 from helios.trainer.logging import _places, get_root_logger, get_tensorboard_writer
 from helios.trainer.logging._places import choose_targets
 
+pytestmark = pytest.mark.long
+
 
 def accumulated(folder):
     """All scalars below a folder, read by TensorBoard itself: {(sub-folder, tag): [(step, value), ...]}."""

@@ -7,6 +7,8 @@ import torch
 
 from helios.data import DataModule
 
+pytestmark = pytest.mark.long
+
 
 class Stream(torch.utils.data.IterableDataset):
     """Counts, with noise; knows where it stands."""
