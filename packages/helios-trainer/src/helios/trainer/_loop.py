@@ -266,7 +266,7 @@ class TrainingLoop:
         average_running_losses(self._hooks.model)
         # Another pass for every validation, whatever number it has in this process.
         loader.set_epoch(state.validation_cycles - 1)
-        with cudnn_benchmark(False), evaluating(self._hooks.model, self._ranks):
+        with cudnn_benchmark(False), evaluating(self._hooks.model):
             self._hooks.validation_start(state.validation_cycles)
             bar = self._bars.evaluation("validation", length_of(loader, self._settings.dry_run))
             with torch.no_grad(), batches_of(loader, self._stop_request) as batches:

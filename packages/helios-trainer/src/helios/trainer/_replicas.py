@@ -19,8 +19,6 @@ from helios.trainer.distributed import all_reduce_tensors, gather_into_tensor
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from helios.trainer._ranks import Ranks
-
 
 _WIDE = torch.float64
 
@@ -160,7 +158,7 @@ def reshard(owner: object) -> None:
 
 
 @contextmanager
-def evaluating(model: object, ranks: "Ranks") -> Iterator[None]:
+def evaluating(model: object) -> Iterator[None]:
     """Give the copies the buffers of rank 0, and let them talk no more inside; networks in shards are so again after.
 
     DistributedDataParallel sends the buffers at each batch. They do not change in evaluation, and a rank that has a

@@ -173,12 +173,10 @@ class Resumption:
 
     def _fetch_shards(self, model: Model) -> None:
         """Read the tensors of which each rank has a part, onto the meshes that the networks are on now."""
-        types = model.types_for_safe_load()
-        whole = load_sharded(self.path, meshes=meshes_of(model), map_location=model.map_loc, safe_types=types)
+        whole = with_parts(self.path, model)
         self._checkpoint = {key: whole[key] for key in self._checkpoint}
         if self._own:
-            own: Any = whole["training_state"]
-            self._own = own["trainer"]
+            self._own = whole["training_state"]["trainer"]
             self._others = self._own.get("ranks", [])
 
     def restore_surroundings(self, model: Model, random_seed: int, is_over: bool = False) -> None:
@@ -266,6 +264,12 @@ class Resumption:
         running = average_of_ranks([each["tables"]["_running_losses"] for each in everyone])
         gradients = average_of_ranks([each["gradients"] for each in everyone])
         return {**own, "tables": {**own["tables"], "_running_losses": running}, "gradients": gradients}
+
+
+def with_parts(path: Path, model: Model) -> dict[str, Any]:
+    """Return what a checkpoint holds, with the tensors in parts on the meshes that a model's networks are on."""
+    types = model.types_for_safe_load()
+    return load_sharded(path, meshes=meshes_of(model), map_location=model.map_loc, safe_types=types)
 
 
 def load_model(model: Model, state: dict[str, Any], path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from helios.chkpt import load_sharded
 from helios.core.rng import seed_rngs
 from helios.data import DataModule
 from helios.trainer._bars import ProgressBars
@@ -23,8 +22,8 @@ from helios.trainer._loaders import check_batches, checked_loader, prepare
 from helios.trainer._model import Model, restore_tables
 from helios.trainer._plugin import PluginRegistry
 from helios.trainer._ranks import check_same, explaining, ranks_of, seed_rank
-from helios.trainer._replicas import evaluating, meshes_of
-from helios.trainer._resumption import load_model
+from helios.trainer._replicas import evaluating
+from helios.trainer._resumption import load_model, with_parts
 from helios.trainer._scalars import logging_scalars
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._stop_request import StopRequest
@@ -97,7 +96,7 @@ def run_test(
         )
         stack.enter_context(contextlib.closing(bars))
         stack.enter_context(cudnn_benchmark(False))
-        stack.enter_context(evaluating(model, ranks))
+        stack.enter_context(evaluating(model))
         hooks.testing_start()
         bar = bars.evaluation("test", length_of(loader, settings.dry_run))
         with torch.no_grad(), batches_of(loader, StopRequest()) as batches:
@@ -135,9 +134,7 @@ def _set_up(model: Model, plugins: PluginRegistry, found: tuple[Path, dict[str, 
     path, checkpoint = found
     state: Any = checkpoint["model"]
     if is_folder_of_parts(path):
-        types = model.types_for_safe_load()
-        whole = load_sharded(path, meshes=meshes_of(model), map_location=model.map_loc, safe_types=types)
-        state = whole["model"]
+        state = with_parts(path, model)["model"]
     load_model(model, state, path)
     if not is_earlier(checkpoint):  # earlier releases did not keep them
         restore_tables(model, checkpoint["training_state"]["trainer"]["tables"])

@@ -107,6 +107,11 @@ class Shards:
         """The tensors, each once."""
         return {spread.name: spread for _, spread in self.tensors}
 
+    @property
+    def data_files(self) -> list[ShardFile]:
+        """All files but the table of contents, which is checked when it is read."""
+        return [file for file in self.files if file.name != METADATA]
+
 
 def is_shards_name(name: str) -> bool:
     """Whether a folder of this name holds shards."""

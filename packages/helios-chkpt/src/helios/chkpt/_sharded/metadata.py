@@ -17,7 +17,7 @@ from helios.chkpt._format.decode import decode
 from helios.chkpt._format.dtypes import ITEM_BYTES
 from helios.chkpt._format.torch_zip import corrupt
 from helios.chkpt._format.values import Call, Global
-from helios.chkpt._sharded.manifest import METADATA, Shards, Spread
+from helios.chkpt._sharded.manifest import Shards, Spread
 
 _MODULE = "torch.distributed.checkpoint.metadata"
 _CLASSES = frozenset(
@@ -84,7 +84,7 @@ def _read(value: object, shards: Shards) -> dict[str, list[Chunk]]:
     spreads = shards.by_name
     if set(described) != set(spreads):
         raise ValueError("other tensors")
-    places = _places(stored, {file.name: file.num_bytes for file in shards.files if file.name != METADATA})
+    places = _places(stored, {file.name: file.num_bytes for file in shards.data_files})
     chunks: dict[str, list[Chunk]] = {}
     for name, spread in spreads.items():
         boxes = _boxes(described[name], spread)

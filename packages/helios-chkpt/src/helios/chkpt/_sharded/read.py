@@ -29,7 +29,7 @@ from helios.chkpt._materialise import MapLocation, placer
 from helios.chkpt._naming import MAIN_FILE, is_sharded
 from helios.chkpt._read import check_types, load
 from helios.chkpt._sharded.folder import stamp_of
-from helios.chkpt._sharded.manifest import KEY, METADATA, Shards, Spread, check_digests, put
+from helios.chkpt._sharded.manifest import KEY, Shards, Spread, check_digests, put
 from helios.chkpt._sharded.metadata import Chunk
 from helios.chkpt._sharded.ranks import Ranks
 from helios.chkpt._sharded.verify import MAX_TRIES, chunks_of, read_main, unless_replaced
@@ -119,7 +119,7 @@ class _Loading:
             assert self._shards is not None, "load refuses files of later releases"
             self._chunks = chunks_of(self._path, self._shards)
             if self._verify:
-                files = _big_files(self._shards)
+                files = self._shards.data_files
                 check_digests(self._path, self._shards, files[self._ranks.rank :: self._ranks.size])
 
     def read(self) -> None:
@@ -171,18 +171,19 @@ def _load_all(
     keys: Iterable[str] | None,
     with_shards: bool,
 ) -> dict[str, object]:
-    read_main(folder).contents.check(check_types(safe_types))
+    main = read_main(folder)
+    main.contents.check(check_types(safe_types))
     state = load(
         folder / MAIN_FILE, map_location=map_location, verify=verify, safe_types=safe_types, keys=keys
     )
     state.pop(KEY, None)
     if not with_shards:
         return state
-    shards = read_main(folder).shards
-    assert shards is not None, "load refuses files of later releases"
+    shards = main.shards
+    assert shards is not None, "files of later releases are refused"
     chunks = chunks_of(folder, shards)
     if verify:
-        check_digests(folder, shards, _big_files(shards))
+        check_digests(folder, shards, shards.data_files)
     places = [(way, spread) for way, spread in shards.tensors if way[0] in state]
     tensors = {spread.name: whole(spread) for _, spread in places}
     read_into(tensors, folder, shards, chunks)
@@ -228,11 +229,6 @@ def _metadata(names: Iterable[str], shards: Shards, chunks: Chunks) -> Metadata:
             index = MetadataIndex(name, chunk.offsets, number)
             places[index] = _StorageInfo(chunk.file, chunk.start, chunk.num_bytes)
     return Metadata(tables, storage_data=places)
-
-
-def _big_files(shards: Shards) -> list[Any]:
-    """All but the table of contents, which is checked when it is read."""
-    return [file for file in shards.files if file.name != METADATA]
 
 
 def whole(spread: Spread) -> torch.Tensor:

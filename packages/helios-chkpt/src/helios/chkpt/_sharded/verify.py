@@ -95,7 +95,7 @@ def verify_folder(folder: Path, types: frozenset[str], *, digests: bool) -> None
         main = read_main(folder, digests=digests)
         if main.shards is not None:
             chunks_of(folder, main.shards)
-            check_digests(folder, main.shards, [f for f in main.shards.files if f.name != METADATA])
+            check_digests(folder, main.shards, main.shards.data_files)
             filled(main.contents.values, main.shards, folder / MAIN_FILE)
         if not main.contents.is_of_other_release(types):
             main.contents.check_safe(types)

@@ -21,7 +21,7 @@ from helios.chkpt._arguments import as_path
 from helios.chkpt._memory import in_memory
 from helios.chkpt._naming import MAIN_FILE, SHARDED_SUFFIX
 from helios.chkpt._sharded.folder import Claim, claim, sweep_inside
-from helios.chkpt._sharded.manifest import KEY, METADATA, ShardFile, Shards, as_value, check_digests
+from helios.chkpt._sharded.manifest import KEY, ShardFile, Shards, as_value, check_digests
 from helios.chkpt._sharded.ranks import Ranks
 from helios.chkpt._sharded.split import Choose, Split, named, split
 from helios.chkpt._sharded.stream import ShardWriter
@@ -100,8 +100,7 @@ def verify_together(folder: Path, ranks: Ranks) -> None:
         shards = read_main(folder, digests=False if ranks.rank == 0 else None).shards
         assert shards is not None, "this release wrote it"
         chunks_of(folder, shards)
-        files = [file for file in shards.files if file.name != METADATA]
-        check_digests(folder, shards, files[ranks.rank :: ranks.size])
+        check_digests(folder, shards, shards.data_files[ranks.rank :: ranks.size])
 
     ranks.agree(check)
 
