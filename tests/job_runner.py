@@ -1,45 +1,35 @@
 """Runs jobs in real processes, kills included, and reads what they leave."""
 
 import dataclasses
-import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-HERE = Path(__file__).parent
+from line_server import HERE, LineServer
+
 sys.path.append(str(HERE.parent / "examples"))
 
-from job import Job, Place  # noqa: E402
-from prove_resume import digest, read_scalars, read_trace  # noqa: E402
+from job import Job, Place
+from prove_resume import digest, read_scalars, read_trace
 
-from helios.chkpt import load, parse_name  # noqa: E402
+from helios.chkpt import load, parse_name
 
 KILLED = -signal.SIGKILL
 STOPPED = os.EX_TEMPFAIL  # of a process that was asked to stop and is to go on another time
 
 
-class JobRunner:
+class JobRunner(LineServer):
     """Runs jobs, one at a time, each in a process of its own. A context manager."""
 
-    def __enter__(self) -> Self:
-        command = [sys.executable, str(HERE / "fork_server.py")]
-        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with self._server:  # closes the pipes, at which it ends
-            pass
+    def __init__(self) -> None:
+        super().__init__("fork_server.py")
 
     def __call__(self, job: Job) -> int:
         """Run a job and return its status; negative is a signal."""
-        assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.write(json.dumps(dataclasses.asdict(job)) + "\n")
-        self._server.stdin.flush()
-        return int(self._server.stdout.readline())
+        return int(self.ask(dataclasses.asdict(job)))
 
 
 def run_killed(runner: JobRunner, job: Job, kills: Sequence[Place], workers: Sequence[int] = ()) -> None:

@@ -237,26 +237,6 @@ def _first(places: Sequence[Place], hook: str) -> Place:
     return next(place for place in places if place[0] == hook)
 
 
-def in_seeded_order(cases: Sequence[Case], seed: int) -> list[Case]:
-    """Return the cases in a random order, but first those that together have every pair of values that occurs."""
-    shuffled = random.Random(seed).sample(cases, len(cases))
-    missing = dict.fromkeys(pair for case in shuffled for pair in pairs_of(case))
-    first: dict[Case, None] = {}
-    while missing:
-        wanted = next(iter(missing))
-        some = itertools.islice((case for case in shuffled if wanted in pairs_of(case)), 20)
-        best = max(some, key=lambda case: sum(pair in missing for pair in pairs_of(case)))
-        first[best] = None
-        for pair in pairs_of(best):
-            missing.pop(pair, None)
-    return [*first, *(case for case in shuffled if case not in first)]
-
-
-def pairs_of(case: Case) -> list[tuple[tuple[str, object], ...]]:
-    """Return every pair of a case's settings: ((name, value), (name, value))."""
-    return list(itertools.combinations(vars(case).items(), 2))
-
-
 def reference_of(case: Case) -> Case:
     """Return the case whose uninterrupted run is what a case must end as; workers and kills must not matter."""
     stop = "unset" if case.early_stop == "unset" else "after"
@@ -271,18 +251,28 @@ def run_whole(runner: JobRunner, case: Case, root: Path) -> dict[str, str]:
     return evidence(root)
 
 
-def run_case(runner: JobRunner, case: Case, root: Path, whole: Callable[[Case], dict[str, str]]) -> list[str]:
-    """Run a case in a folder, kills and all, and return the names of what differs from the uninterrupted run.
+def run_case(
+    runner: JobRunner, case: Case, root: Path, whole: Callable[[Case], dict[str, str]]
+) -> tuple[list[str], int]:
+    """Run a case in a folder, kills and all.
 
     Args:
         runner: runs the processes.
         case: the case.
         root: an empty folder.
         whole: gives the evidence of a reference, as `run_whole`.
+
+    Returns:
+        The names of what differs from the uninterrupted run, and how often it was killed.
     """
     job = job_of(case, root)
-    run_killed(runner, job, kills_of(case, job))
-    expected = whole(reference_of(case))
+    kills = kills_of(case, job)
+    run_killed(runner, job, kills)
+    return _differences(case, job, whole(reference_of(case))), len(kills)
+
+
+def _differences(case: Case, job: Job, expected: dict[str, str]) -> list[str]:
+    root = Path(job.root)
     if case.signal == "SIGKILL":
         return differing(evidence(root), expected)
     # Where it stopped there is a checkpoint that the other run lacks. But nothing was done twice.

@@ -79,11 +79,6 @@ def is_valid(case: RankCase) -> bool:
     return not (case.strategy == "fsdp" and case.is_async)
 
 
-def takes_long(case: RankCase) -> bool:
-    """Whether ranks may live on for seconds when one is killed, since its orphaned workers hold its connections."""
-    return case.world_size > 1 and (case.signal, case.workers) == ("SIGKILL", 2)
-
-
 def valid_cases() -> list[RankCase]:
     """Return all cases that can be run."""
     values = (WORLD_SIZES, STRATEGIES, SIGNALS, VICTIMS, WORKERS, ACCUMULATIONS, POINTS, UNITS)
@@ -145,6 +140,12 @@ def victims_of(case: RankCase, kills: Sequence[Place], passed: Mapping[int, Sequ
     return able if case.victims == "all" else [random.Random(str(case)).choice(able)]
 
 
+def run_whole(runner: RankRunner, case: RankCase, root: Path) -> Path:
+    """Run the run of a case with nothing that kills it, and return its folder."""
+    run_killed(runner, job_of(case, root), [])
+    return root
+
+
 def run_case(
     runner: RankRunner, case: RankCase, root: Path, whole: Callable[[RankCase], Path]
 ) -> tuple[list[str], int]:
@@ -154,7 +155,7 @@ def run_case(
         runner: runs the processes.
         case: the case.
         root: an empty folder.
-        whole: gives the folder of a reference's uninterrupted run.
+        whole: gives the folder of a reference, as `run_whole`.
 
     Returns:
         The names of what differs from the uninterrupted run, and how often ranks were killed.

@@ -9,73 +9,34 @@ another one dies, raises or hangs. Exits with status 1 if anything differs, is l
 long.
 """
 
-import argparse
 import dataclasses
-import functools
 import itertools
 import random
 import sys
 import tempfile
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from cases import Matrix, Result, read_arguments, table
 from elastic import Phase, Sample, repeated, run_phases
-from matrix import in_seeded_order
 from rank_job import RankJob
-from rank_matrix import POINTS, RankCase, job_of, reference_of, run_case, valid_cases
-from rank_runner import RankRunner, run_killed
+from rank_matrix import POINTS, RankCase, reference_of, run_case, run_whole, valid_cases
+from rank_runner import RankRunner
 
-NUM_RUNNERS = 2
 NUM_SAMPLES = 24
 TIMEOUT_S = 3.0
 WORLD_SIZES = (1, 2, 3, 4)
 
 
-@dataclass(frozen=True)
-class Result:
-    """What became of a case: the names of what differs, or the error in their place."""
-
-    case: RankCase
-    num_kills: int
-    differing: tuple[str, ...]
+MATRIX = Matrix(valid_cases(), RankRunner, reference_of, run_whole, run_case)
 
 
-def run_share(cases: Iterable[RankCase], folder: Path) -> list[Result]:
-    """Run some cases one after the other, in processes of a server of their own."""
-
-    @functools.cache
-    def whole(case: RankCase) -> Path:
-        root = Path(tempfile.mkdtemp(dir=folder))
-        run_killed(runner, job_of(case, root), [])
-        return root
-
-    results = []
-    with RankRunner() as runner:
-        for case in cases:
-            with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as root:
-                try:
-                    names, num_kills = run_case(runner, case, Path(root), whole)
-                except AssertionError as error:
-                    names, num_kills = [str(error)], 0
-            results.append(Result(case, num_kills, tuple(names)))
-            if names:
-                print(f"DIFFERS {case}: {', '.join(names)}", flush=True)
-    return results
-
-
-def table(results: list[Result]) -> Iterator[str]:
-    """Yield lines: a row for each point, strategy and world size, and the sum."""
-    yield f"{'':22}{'cases':>7}{'kills':>7}{'differ':>8}  what"
+def groups_of(results: Sequence[Result[RankCase]]) -> dict[str, list[Result[RankCase]]]:
+    """Return the results of each point, each number of ranks and strategy, and all."""
     groups = {point: [r for r in results if r.case.point == point] for point in POINTS}
     for result in results:
         groups.setdefault(f"{result.case.world_size} x {result.case.strategy}", []).append(result)
-    for name, group in {**groups, "all": results}.items():
-        what = ", ".join(sorted({part for r in group for part in r.differing}))
-        num_kills, num_differing = sum(r.num_kills for r in group), sum(bool(r.differing) for r in group)
-        yield f"{name:22}{len(group):7}{num_kills:7}{num_differing:8}  {what[:200]}"
+    return {**groups, "all": list(results)}
 
 
 def random_schedule(chance: random.Random) -> list[Phase]:
@@ -142,29 +103,12 @@ def lives(folder: Path) -> Iterator[str]:
 
 def main() -> None:
     """Read the arguments, run, print, and exit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("number", nargs="?", default="200", help="how many cases; 200 by default")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="")
-    arguments = parser.parse_args()
-    every = valid_cases()
-    cases = [case for case in in_seeded_order(every, arguments.seed) if arguments.only in str(case)]
-    if arguments.number != "all":
-        cases = cases[: int(arguments.number)]
-    # Cases with the same uninterrupted run go together: it is run once.
-    cases = sorted(cases, key=lambda case: str(reference_of(case)))
-    half = len(cases) // NUM_RUNNERS + 1
-    shares = [cases[start : start + half] for start in range(0, len(cases), half)]
-    began_s = time.monotonic()
+    arguments = read_arguments(__doc__, 200)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        with ThreadPoolExecutor(NUM_RUNNERS) as pool:
-            parts = list(pool.map(lambda share: run_share(share, Path(folder)), shares))
-        results = [result for part in parts for result in part]
-        took_s = time.monotonic() - began_s
-        print(f"\n{len(results)} of {len(every)} cases, seed {arguments.seed}, {took_s:.0f} s\n")
-        print("\n".join(table(results)), flush=True)
+        results = MATRIX.run(arguments, Path(folder))
+        print("\n".join(table(groups_of(results))), flush=True)
         print(f"\nrandom schedules, {NUM_SAMPLES} samples\n", flush=True)
-        num_wrong = try_schedules(len(cases) // 10 + 1, arguments.seed, Path(folder))
+        num_wrong = try_schedules(len(results) // 10 + 1, arguments.seed, Path(folder))
         print(f"\ndist_timeout_s={TIMEOUT_S:.0f} where a rank hangs\n")
         rows = []
         for row in lives(Path(folder)):

@@ -1,41 +1,30 @@
 """Runs jobs on several ranks in real processes, kills included, and reads what they leave."""
 
 import dataclasses
-import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from job import Place
-from job_runner import HERE, parts_of
+from job_runner import parts_of
+from line_server import LineServer
 from prove_resume import digest, read_scalars, read_trace
 from rank_job import RankJob
 
 from helios.chkpt import load, parse_name
 
 
-class RankRunner:
+class RankRunner(LineServer):
     """Runs jobs, one at a time, each of their ranks in a process of its own. A context manager."""
 
-    def __enter__(self) -> Self:
-        command = [sys.executable, str(HERE / "rank_server.py")]
-        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with self._server:  # closes the pipes, at which it ends
-            pass
+    def __init__(self) -> None:
+        super().__init__("rank_server.py")
 
     def __call__(self, job: RankJob) -> dict[str, Any]:
         """Run a job; see `rank_server.run`."""
-        assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.write(json.dumps(dataclasses.asdict(job)) + "\n")
-        self._server.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._server.stdout.readline())
+        answer: dict[str, Any] = self.ask(dataclasses.asdict(job))
         assert "error" not in answer, answer["error"]
         return answer
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cases import in_seeded_order, pairs_of
 from job import Place
 from job_runner import differing
-from matrix import in_seeded_order, pairs_of
 from rank_job import RankJob
 from rank_matrix import (
     RankCase,
@@ -25,7 +25,6 @@ from rank_matrix import (
     kills_of,
     reference_of,
     run_case,
-    takes_long,
     valid_cases,
     victims_of,
 )
@@ -40,7 +39,7 @@ FSDP = dataclasses.replace(PLAIN, strategy="fsdp")
 
 def small_cases() -> list[RankCase]:
     """Return those of at most two ranks, which take about a second each."""
-    return [case for case in valid_cases() if case.world_size <= 2 and not takes_long(case)]
+    return [case for case in valid_cases() if case.world_size <= 2]
 
 
 def sample() -> list[RankCase]:
@@ -48,7 +47,7 @@ def sample() -> list[RankCase]:
     ordered = in_seeded_order(small_cases(), SEED)
     wanted = set().union(*map(pairs_of, ordered))
     num_needed = next(n for n in range(len(ordered)) if set().union(*map(pairs_of, ordered[:n])) == wanted)
-    of_four = [case for case in valid_cases() if case.world_size == 4 and not takes_long(case)]
+    of_four = [case for case in valid_cases() if case.world_size == 4]
     ddp, fsdp = ([case for case in of_four if case.strategy == strategy] for strategy in ("ddp", "fsdp"))
     return [*ordered[:num_needed], *in_seeded_order(ddp, SEED)[:2], *in_seeded_order(fsdp, SEED)[:1]]
 
