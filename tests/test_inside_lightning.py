@@ -5,6 +5,7 @@ checkpoint where that is the same and cheaper, and a real SIGKILL in the last te
 control: torch's own loader in the same place.
 """
 
+import gc
 import random
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from script_runner import run_whole_and_killed
 from torch import nn
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from helios.core.rng import get_default_numpy_rng, get_rng_state_dict, load_rng_state_dict, seed_rngs
 from helios.data import ResumableDistributedSampler, create_dataloader
@@ -142,8 +144,20 @@ def fit(root, make, kills, workers=(0,) * 9, model_class=Model, **options):
             assert kill is None
         except KilledError:
             path = callbacks[0].path
+            end_workers()
         seen += model.seen
     return seen, model.weights()
+
+
+def end_workers():
+    """End those of a run that an exception ended.
+
+    Garbage collection waits for each five seconds: in the cycles that Lightning leaves it closes first the queues
+    through which torch tells them to end.
+    """
+    for each in gc.get_objects():
+        if type(each) is _MultiProcessingDataLoaderIter:  # to ask by isinstance wakes what warns
+            each._shutdown_workers()
 
 
 WORKERS = [(0, 0, 0), (2, 2, 2), (2, 0, 1)]
