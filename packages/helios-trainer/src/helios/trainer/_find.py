@@ -4,9 +4,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from helios.chkpt import load, load_last_checkpoint, parse_name
+from helios.chkpt import CheckpointError, inspect, load, load_last_checkpoint, parse_name
 from helios.trainer._earlier import EarlierResumption, is_earlier, say_where_others_are
-from helios.trainer._layout import is_unfinished
 from helios.trainer._model import Model
 from helios.trainer._ranks import Ranks
 from helios.trainer._resumption import Resumption
@@ -73,10 +72,21 @@ def find_resumption(
 def _check_is_new(root: Path, run_name: str, model: Model) -> None:
     paths = root.iterdir() if root.is_dir() else ()
     there = [path for path in paths if (name := parse_name(path.name)) and name.run_name == run_name]
-    there = [path for path in there if not is_unfinished(path)]  # of a run that was killed in its first save
+    there = [path for path in there if not _is_unfinished(path)]  # of a run that was killed in its first save
     if there:  # to begin anew would replace them, and with keep_last delete them
         raise ValueError(
             f"run {run_name} has {len(there)} checkpoints in {root}, and none is good: see the warnings "
             "before this. Repair one, or move them away to begin anew"
         )
     say_where_others_are(root, run_name, model.save_name)
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether a checkpoint of several files lacks the one that is written last."""
+    try:
+        inspect(path)
+    except FileNotFoundError:
+        return True
+    except (CheckpointError, OSError):
+        pass
+    return False

@@ -86,7 +86,7 @@ class FitRun:
         with ExitStack() as stack:
             stack.callback(self._ranks.close)
             if self._settings.save_root is not None:  # else there is nothing to do before the process ends
-                stack.enter_context(listening_to_signals(self._stop_request))
+                stack.enter_context(listening_to_signals(self._stop_request.make))
             stack.enter_context(on_device(self._execution.device))
             trained = self._run()
             with explaining(self._ranks):
@@ -101,9 +101,8 @@ class FitRun:
             stack.callback(self._loggers.close)
             stack.enter_context(logged_exceptions())
             stack.enter_context(explaining(self._ranks))
-            check_same(
-                self._ranks, facts_of(settings, self._execution, self._model, self._datamodule, self._plugins)
-            )
+            parts = (self._execution, self._model, self._datamodule, self._plugins)
+            check_same(self._ranks, lambda: facts_of(settings, *parts))
             resumption = self._find_resumption()
             if resumption is not None and self._is_finished(resumption):
                 return self._load_finished(resumption)

@@ -1,6 +1,5 @@
 """Several processes on this machine that work as one: started, waited for, and ended together."""
 
-import contextlib
 import multiprocessing
 import os
 import pickle
@@ -11,9 +10,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from helios.trainer._execution import Execution
 from helios.trainer._rank_process import ByValue, Failure, GroupPlace, SpawnContext, revive, run_rank
 from helios.trainer._spawn_queue import ANSWER, BEGUN, FAILURE, ITEM, PipeReader, SpawnQueue
-from helios.trainer._stop_request import SIGNALS
+from helios.trainer._stop_request import listening_to_signals
 
 T = TypeVar("T")
 
@@ -36,9 +35,9 @@ def make_stop_flag() -> Any:
     return multiprocessing.get_context("spawn").RawValue("i", 0)
 
 
-def request_stop(stop_flag: Any) -> None:
-    """Ask for a stop, without a signal."""
-    stop_flag.value = stop_flag.value or _STOP_WITHOUT_SIGNAL
+def request_stop(stop_flag: Any, received: signal.Signals | None = None) -> None:
+    """Ask for a stop, because of a signal or without one."""
+    stop_flag.value = received or stop_flag.value or _STOP_WITHOUT_SIGNAL
 
 
 def refuse_while_importing() -> None:
@@ -91,7 +90,7 @@ def launch(
         ranks = _Ranks(queue)
         stack.callback(ranks.close)
         if listens:
-            stack.enter_context(_listening(stop_flag, ranks.kill))
+            stack.enter_context(listening_to_signals(partial(request_stop, stop_flag), ranks.kill))
         ranks.start(run, executions, GroupPlace(port, timeout_s), stop_flag)
         ranks.wait()
         del store  # it was needed until now
@@ -279,45 +278,3 @@ def _interrupts_held_back() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
             for number in received[:1]:
                 signal.raise_signal(number)
-
-
-@contextmanager
-def _listening(stop_flag: Any, kill: Callable[[], None]) -> Iterator[None]:
-    """Let signals set the flag inside; see `launch`.
-
-    As without processes: a signal that is ignored, or for which the user has a handler, is left alone, and so are all
-    outside the main thread.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    before = {n: h for n, h in handlers.items() if h in (signal.SIG_DFL, signal.default_int_handler)}
-    process_id, received = os.getpid(), False
-
-    def put_back() -> None:
-        for number, handler in before.items():
-            if signal.getsignal(number) is on_signal:  # else somebody has another one since
-                signal.signal(number, handler)
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        nonlocal received
-        if os.getpid() != process_id:
-            return  # a forked child: Ctrl-C reaches it too
-        if received:
-            kill()
-            put_back()
-            signal.raise_signal(number)
-            return
-        received = True
-        stop_flag.value = number
-        with contextlib.suppress(OSError):  # nobody reads it
-            name = signal.Signals(number).name
-            os.write(2, f"\n{name}: the run stops after this iteration; once more ends it at once\n".encode())
-
-    for number in before:
-        signal.signal(number, on_signal)
-    try:
-        yield
-    finally:
-        put_back()

@@ -1,11 +1,10 @@
 """Tensors of which each rank has a part, beside whole ones."""
 
 import sys
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -36,16 +35,11 @@ def as_laid_out(value: Any, own: torch.Tensor) -> Any:
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
-def is_folder_of_parts(path: Path) -> bool:
-    """Whether a checkpoint is one of those that keep such tensors in files of their own."""
-    return path.suffix == ".dcp"
-
-
-def is_unfinished(path: Path) -> bool:
-    """Whether a folder was to become such a checkpoint: it is one from when it has its main file on, written last."""
-    return is_folder_of_parts(path) and path.is_dir() and not (path / "helios.pth").exists()
-
-
 def has_parts(state: object) -> bool:
     """Whether a state has tensors of which each rank has a part."""
-    return any(is_dtensor(leaf) for leaf in tree_leaves(state))
+    # Not by torch's tree_leaves, which takes as long for the numbers in states of generators as to write them.
+    if isinstance(state, Mapping):
+        return any(map(has_parts, state.values()))
+    if isinstance(state, list | tuple):
+        return any(has_parts(value) for value in state if type(value) is not int)
+    return is_dtensor(state)

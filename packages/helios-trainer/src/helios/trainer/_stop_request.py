@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import FrameType
@@ -21,19 +21,18 @@ class StopRequest:
     Attributes:
         is_made: somebody did. A plain attribute, since the loop reads it after every batch.
         signal: the signal that did, or None; another process may have got it.
-        is_received: a signal reached this process.
         of_parent: in a spawned process, what the parent sets its `value` of to the number of a signal that reached it.
     """
 
     def __init__(self) -> None:
-        self.is_made = self.is_received = False
+        self.is_made = False
         self.signal: signal.Signals | None = None
         self.of_parent: Any = None
 
     def make(self, received: signal.Signals | None = None) -> None:
         """Ask."""
         quiet_workers()
-        self.is_made, self.signal, self.is_received = True, received, received is not None
+        self.is_made, self.signal = True, received
 
     def hear(self, received: signal.Signals | None) -> None:
         """Take over what another process of the run was asked, if nobody asked this one."""
@@ -42,7 +41,7 @@ class StopRequest:
 
     def withdraw(self) -> None:
         """Forget that somebody asked: another run begins."""
-        self.is_made = self.is_received = False
+        self.is_made = False
         self.signal = None
 
     def __str__(self) -> str:
@@ -121,16 +120,22 @@ def _children() -> _Children:
 
 
 @contextmanager
-def listening_to_signals(request: StopRequest) -> Iterator[None]:
+def listening_to_signals(
+    ask: Callable[[signal.Signals], None], give_up: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Let SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) ask for a stop inside; a second one does what it always did, at once.
 
     A signal that is ignored, or for which the user has a handler, is left alone. So are all of them outside the main
     thread, where Python allows no handlers.
+
+    Args:
+        ask: is told the first signal.
+        give_up: is called before the second one acts.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    process_id = os.getpid()
+    process_id, is_asked = os.getpid(), False
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     before = {number: handler for number, handler in handlers.items() if handler in _DEFAULTS}
 
@@ -140,18 +145,20 @@ def listening_to_signals(request: StopRequest) -> Iterator[None]:
                 signal.signal(number, handler)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal is_asked
         if os.getpid() != process_id:
             return  # a forked child, such as a loader's worker: Ctrl-C reaches it too, and we decide what it means
-        if request.is_received:
+        if is_asked:
+            give_up()
             put_back()
             signal.raise_signal(number)
             return
-        request.make(signal.Signals(number))
+        is_asked, received = True, signal.Signals(number)
+        ask(received)
         # Not through a logger: the signal may have come in the middle of its writing.
+        said = f"\n{received.name}: the run stops after this iteration; once more ends it at once\n"
         with contextlib.suppress(OSError):  # nobody reads it
-            os.write(
-                2, f"\n{request}: the run stops after this iteration; once more ends it at once\n".encode()
-            )
+            os.write(2, said.encode())
 
     for number in before:
         signal.signal(number, on_signal)

@@ -17,13 +17,12 @@ from helios.trainer._facts import facts_of
 from helios.trainer._find import find_checkpoint
 from helios.trainer._fit import logged_exceptions, torn_down
 from helios.trainer._hooks import Hooks, batches_of, evaluate, length_of
-from helios.trainer._layout import is_folder_of_parts
 from helios.trainer._loaders import check_batches, checked_loader, prepare
 from helios.trainer._model import Model, restore_tables
 from helios.trainer._plugin import PluginRegistry
 from helios.trainer._ranks import check_same, explaining, ranks_of, seed_rank
 from helios.trainer._replicas import evaluating
-from helios.trainer._resumption import load_model, with_parts
+from helios.trainer._resumption import is_in_parts, load_model, with_parts
 from helios.trainer._scalars import logging_scalars
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._stop_request import StopRequest
@@ -67,7 +66,7 @@ def run_test(
         stack.callback(loggers.close)
         stack.enter_context(logged_exceptions())
         stack.enter_context(explaining(ranks))
-        check_same(ranks, facts_of(settings, execution, model, datamodule, plugins))
+        check_same(ranks, lambda: facts_of(settings, execution, model, datamodule, plugins))
         name = settings.run_name or model.save_name
         found = None if trained is not None else find_checkpoint(settings.chkpt_root, name, model, ranks)
         before = _targets_before(trained, found)
@@ -133,7 +132,7 @@ def _set_up(model: Model, plugins: PluginRegistry, found: tuple[Path, dict[str, 
         return
     path, checkpoint = found
     state: Any = checkpoint["model"]
-    if is_folder_of_parts(path):
+    if is_in_parts(path):
         state = with_parts(path, model)["model"]
     load_model(model, state, path)
     if not is_earlier(checkpoint):  # earlier releases did not keep them
