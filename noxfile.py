@@ -24,12 +24,14 @@ SIBLINGS = {
     "helios-chkpt": set(),
     "helios-trainer": {"helios-rng", "helios-data", "helios-chkpt"},
 }
+# To compile all of torch takes longer than to unpack it, and little of it is imported.
+UNCOMPILED = "--no-compile"
 # Bounds on siblings as in a release, so that pip takes them from the command line; see hatch_build.py.
 AS_RELEASED = {"HELIOS_RELEASE": "1"}
 
 
 def install_packages(session: nox.Session, *others: str) -> None:
-    """Install the four packages, editable, and other requirements."""
+    """Install the four packages, editable, and other requirements; options of pip are taken too."""
     editable = [argument for name in PACKAGES for argument in ("-e", f"packages/{name}")]
     session.install("-c", "constraints.txt", *editable, *others, env=AS_RELEASED)
 
@@ -55,7 +57,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types, strictly."""
-    install_packages(session, "mypy", "types-tqdm")
+    install_packages(session, UNCOMPILED, "mypy", "types-tqdm")
     session.run("mypy")
 
 
@@ -86,7 +88,8 @@ def isolate(session: nox.Session, name: str, wheels: Path, place: Path) -> None:
     python = str(place / "venv" / "bin" / "python")
 
     def pip(*arguments: str) -> None:
-        session.run(python, "-m", "pip", "install", "-q", "-c", "constraints.txt", *arguments, external=True)
+        options = ("-q", UNCOMPILED, "-c", "constraints.txt")
+        session.run(python, "-m", "pip", "install", *options, *arguments, external=True)
 
     own = [
         str(next(wheels.glob(f"{each.replace('-', '_')}-*.whl"))) for each in sorted({name} | SIBLINGS[name])

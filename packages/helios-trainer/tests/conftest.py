@@ -1,6 +1,7 @@
 """Fixtures of the trainer's tests."""
 
 import importlib.util
+import json
 import logging
 import os
 import subprocess
@@ -48,6 +49,59 @@ def python(tmp_path):
         return done.stdout
 
     return run
+
+
+class Scripts:
+    """Runs scripts in processes that are forked from one that has imported everything. A context manager."""
+
+    def __enter__(self):
+        command = [sys.executable, "-W", "error", HERE / "script_server.py"]
+        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *error):
+        with self._server:  # closes the pipes, at which it ends
+            pass
+
+    def __call__(self, script, *arguments, folder):
+        """Run a script, its text or path, in a folder; return a CompletedProcess."""
+        return self.together([(script, arguments, {})], folder)[0]
+
+    def together(self, scripts, folder):
+        """Run several at once, each given with its arguments and variables, and return a CompletedProcess for each."""
+        requests = []
+        for number, (script, arguments, env) in enumerate(scripts):
+            is_path = isinstance(script, Path)
+            code, name = (script.read_text(), str(script)) if is_path else (script, "<string>")
+            files = {name: str(folder / f"{name}.{number}") for name in ("stdout", "stderr")}
+            arguments = [*map(str, arguments)]
+            requests.append(
+                {
+                    "code": code,
+                    "name": name,
+                    "arguments": arguments,
+                    "folder": str(folder),
+                    "env": env,
+                    **files,
+                }
+            )
+            for path in files.values():
+                Path(path).unlink(missing_ok=True)
+        self._server.stdin.write(json.dumps(requests) + "\n")
+        self._server.stdin.flush()
+        statuses = json.loads(self._server.stdout.readline())
+        return [
+            subprocess.CompletedProcess(
+                r["arguments"], status, Path(r["stdout"]).read_text(), Path(r["stderr"]).read_text()
+            )
+            for r, status in zip(requests, statuses, strict=True)
+        ]
+
+
+@pytest.fixture(scope="session")
+def scripts():
+    with Scripts() as runner:
+        yield runner
 
 
 @pytest.fixture(autouse=True)

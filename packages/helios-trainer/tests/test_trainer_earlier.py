@@ -302,7 +302,7 @@ def test_tables_that_nobody_kept_begin_empty(kit, tmp_path):
 
 @pytest.mark.parametrize("is_there", [True, False])
 @pytest.mark.parametrize("is_killed", [True, False])
-def test_killed_before_its_first_own_checkpoint(kit, python, tmp_path, is_there, is_killed):
+def test_killed_before_its_first_own_checkpoint(kit, scripts, tmp_path, is_there, is_killed):
     """The next start goes on in the same files, and shows each scalar once; as long as it was killed, and no more."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -327,8 +327,9 @@ def test_killed_before_its_first_own_checkpoint(kit, python, tmp_path, is_there,
         },
         tmp_path / "c" / "r_epoch_1_iter_4.pth",
     )
-    python(kit.INTERRUPTED, "die" if is_killed else "fail", "7", "3", check=False)
-    python(kit.INTERRUPTED, "live", "7", "3")
+    scripts(kit.INTERRUPTED, "die" if is_killed else "fail", "7", "3", folder=tmp_path)
+    done = scripts(kit.INTERRUPTED, "live", "7", "3", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "l").iterdir())) == (1 if is_killed else 2)
     folders = [old] if is_there else sorted((tmp_path / "t").iterdir())
     assert len(folders) == (1 if is_killed or is_there else 2)

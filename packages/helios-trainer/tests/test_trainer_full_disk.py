@@ -1,8 +1,6 @@
 """A checkpoint that cannot be written: training goes on, the last good file stays, and the last one raises."""
 
 import errno
-import subprocess
-import sys
 
 import pytest
 
@@ -36,23 +34,17 @@ print("fit", trainer.fit(model, D()), model.weight.sum().item().hex())
 """
 
 
-def run(folder, first, last, is_async):
-    folder.mkdir(exist_ok=True)
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        "-c",
-        SCRIPT,
-        str(first),
-        str(last),
-        "async" if is_async else "sync",
-    ]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def run(scripts):
+    def run_in(folder, first, last, is_async):
+        folder.mkdir(exist_ok=True)
+        return scripts(SCRIPT, first, last, "async" if is_async else "sync", folder=folder)
+
+    return run_in
 
 
 @pytest.mark.parametrize("is_async", [True, False])
-def test_a_disk_that_is_full_for_a_while(tmp_path, is_async):
+def test_a_disk_that_is_full_for_a_while(run, tmp_path, is_async):
     whole = run(tmp_path / "whole", 0, 0, is_async)
     done = run(tmp_path / "full", 5, 8, is_async)
     assert done.returncode == 0, done.stderr
@@ -68,7 +60,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, is_async):
 
 
 @pytest.mark.parametrize("is_async", [True, False])
-def test_a_disk_that_is_full_to_the_end(tmp_path, is_async):
+def test_a_disk_that_is_full_to_the_end(run, tmp_path, is_async):
     whole = run(tmp_path / "whole", 0, 0, is_async)
     done = run(tmp_path / "full", 5, 12, is_async)
     assert done.returncode == 1

@@ -3,9 +3,6 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -385,19 +382,10 @@ dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("how", ["together", "alone"])
-def test_two_processes(tmp_path, how):
+def test_two_processes(scripts, tmp_path, how):
     """Gradients are averaged, and a state fits with and without DistributedDataParallel. Alone is the control."""
-    command = [sys.executable, "-c", TWO]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store"), how],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ,
-        )
-        for rank in range(2)
-    ]
-    first, second = (json.loads(process.communicate(timeout=60)[0]) for process in processes)
+    ranks = scripts.together([(TWO, (rank, tmp_path / "store", how), {}) for rank in range(2)], tmp_path)
+    first, second = (json.loads(done.stdout) for done in ranks)
     assert first[1] == second[1] == ["weight", "bias"]
     assert first[2] and second[2]
     if how == "together":

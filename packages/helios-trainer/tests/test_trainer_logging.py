@@ -239,12 +239,13 @@ def test_whatever_tensorboard_takes_is_there_once(kit, logged, drawing, tmp_path
         assert 0 < len(plain[2]) < len(plain[0])  # it was interrupted in the middle
 
 
-def test_killed_after_a_checkpoint(kit, python, tmp_path):
+def test_killed_after_a_checkpoint(kit, scripts, tmp_path):
     """By the process's end, without any cleaning up; twice."""
     for at in (7, 10):
-        python(kit.INTERRUPTED, "die", at, "3", check=False)
+        scripts(kit.INTERRUPTED, "die", at, "3", folder=tmp_path)
     assert list((tmp_path / "c").glob("*.pth"))
-    python(kit.INTERRUPTED, "live", "0", "3")
+    done = scripts(kit.INTERRUPTED, "live", "0", "3", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     (folder,), (log,) = (tmp_path / "t").iterdir(), (tmp_path / "l").iterdir()
     scalars = accumulated(folder)
     assert scalars == {(".", "loss"): [(step, float(step)) for step in range(1, 13)]}
@@ -252,11 +253,12 @@ def test_killed_after_a_checkpoint(kit, python, tmp_path):
 
 
 @pytest.mark.parametrize("is_killed", [True, False])
-def test_killed_before_the_first_checkpoint(kit, python, tmp_path, is_killed):
+def test_killed_before_the_first_checkpoint(kit, scripts, tmp_path, is_killed):
     """The next start goes on in the same files; only one that could clean up begins new ones."""
-    python(kit.INTERRUPTED, "die" if is_killed else "fail", "3", "2", check=False)
+    scripts(kit.INTERRUPTED, "die" if is_killed else "fail", "3", "2", folder=tmp_path)
     assert not list((tmp_path / "c").glob("*.pth"))
-    python(kit.INTERRUPTED, "live", "3", "2")
+    done = scripts(kit.INTERRUPTED, "live", "3", "2", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     folders = sorted((tmp_path / "t").iterdir())
     assert len(folders) == len(list((tmp_path / "l").iterdir())) == (1 if is_killed else 2)
     assert [step for step, _ in accumulated(folders[-1])[".", "loss"]] == list(range(1, 9))

@@ -1,11 +1,10 @@
 """A run that is asked to stop saves, stops after the iteration in progress, and nothing is lost or done again."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -187,7 +186,7 @@ def test_workers_that_the_signal_took_too(kit, tmp_path, unit, hook):
 
 
 def children():
-    return map(int, Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split())
+    return [child.pid for child in multiprocessing.active_children()]
 
 
 def test_control_dead_workers_end_a_run_that_nobody_asked_to_stop(kit, tmp_path):
@@ -252,12 +251,15 @@ assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 """
 
 
-def start(folder, *arguments):
-    command = [sys.executable, "-W", "error", "-c", SCRIPT, *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=120, start_new_session=True
-    )
-    return done.returncode, [line for line in done.stdout.splitlines() if line[0] != "["], done.stderr
+@pytest.fixture
+def start(scripts):
+    """Run the script in a folder; return the status, the lines without those of the log, and stderr."""
+
+    def run(folder, *arguments):
+        done = scripts(SCRIPT, *arguments, folder=folder)
+        return done.returncode, [line for line in done.stdout.splitlines() if line[0] != "["], done.stderr
+
+    return run
 
 
 PLACES = [
@@ -272,7 +274,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize("unit", ["epoch", "iteration"])
-def test_real_signals_to_real_processes(tmp_path, unit):
+def test_real_signals_to_real_processes(start, tmp_path, unit):
     (tmp_path / "whole").mkdir()
     status, whole, _ = start(tmp_path / "whole", "nowhere", "", unit, 0)
     assert status == 0
@@ -298,7 +300,7 @@ def test_real_signals_to_real_processes(tmp_path, unit):
 
 
 @pytest.mark.parametrize("second", ["SIGTERM", "SIGINT"])
-def test_a_second_signal_ends_at_once(tmp_path, second):
+def test_a_second_signal_ends_at_once(start, tmp_path, second):
     status, said, errors = start(tmp_path, "train 5", f"SIGTERM+{second}", "epoch", 0)
     assert said == ["train 5"]
     if second == "SIGTERM":
@@ -314,7 +316,7 @@ def test_handlers_of_the_user_stay():
     before = signal.signal(signal.SIGUSR1, lambda *args: calls.append(args))
     try:
         request = StopRequest()
-        with listening_to_signals(request):
+        with listening_to_signals(request.make):
             signal.raise_signal(signal.SIGUSR1)
             assert calls
             assert not request.is_made
@@ -330,7 +332,7 @@ def test_a_signal_that_is_ignored_stays_so():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         request = StopRequest()
-        with listening_to_signals(request):
+        with listening_to_signals(request.make):
             signal.raise_signal(signal.SIGINT)
         assert not request.is_made
     finally:
