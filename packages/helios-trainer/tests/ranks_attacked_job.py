@@ -1,13 +1,12 @@
 """Runs of two or three ranks that something is wrong with, or odd. Arguments: a scenario below, a folder for results.
 
-Starts itself once for each rank, with the variables that torchrun sets.
+One process of it is a rank, and has the variables that torchrun sets.
 """
 
+import logging
 import os
 import pickle
 import random
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -20,8 +19,10 @@ import trainer_kit as kit
 from torch import nn
 
 import helios.trainer._watch as watch
-from helios.trainer import Model, Strategy
+from helios.trainer import Model, Plugin, Strategy, _resumption
+from helios.trainer._digest import digest
 from helios.trainer._rank_process import Failure, revive
+from helios.trainer.distributed import safe_barrier
 
 NAME, FOLDER = sys.argv[1], Path(sys.argv[2])
 
@@ -67,10 +68,13 @@ def trainer(**options):
     return kit.trainer(kit.ITERATION, 4, chkpt_root=FOLDER / "checkpoints", chkpt_frequency=2, **options)
 
 
-def fit(model, data=None, **options):
+def fit(model, data=None, plugin=None, **options):
     """Return whether the run has finished, or the error that ended it with the notes of its cause."""
     try:
-        return trainer(**options).fit(model, data or kit.Data(train=4, tail="pad"))
+        of_model = trainer(**options)
+        if plugin is not None:
+            of_model.plugins.append(plugin)
+        return of_model.fit(model, data or kit.Data(train=4, tail="pad"))
     except Exception as error:
         caught = error.__cause__ or error
         return [f"{type(caught).__name__}: {caught}", *getattr(caught, "__notes__", [])]
@@ -182,6 +186,121 @@ def draws_in_prepare_data():
     return [fit(Line(make=make), DrawingData(train=4)), weights]
 
 
+class OwnStates(Line):
+    """Each rank has counters, a history, a network and an optimizer of its own, and lets its copy drift at times."""
+
+    def setup(self, fast_init=False):
+        super().setup()
+        self.own = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+        self.own_optimizer = torch.optim.Adam(self.own.parameters(), lr=0.01)
+        self.counts, self.seen = {f"of rank {self.rank}": [self.rank]}, 0
+
+    def state_dict(self):
+        parts = {
+            "net": self.net,
+            "optimizer": self.optimizer,
+            "own": self.own,
+            "own_optimizer": self.own_optimizer,
+        }
+        return self.save_all(**parts, counts=self.counts, seen=self.seen)
+
+    def load_state_dict(self, state, fast_init=False):
+        parts = {
+            "net": self.net,
+            "optimizer": self.optimizer,
+            "own": self.own,
+            "own_optimizer": self.own_optimizer,
+        }
+        values = self.load_all(state, **parts)
+        self.counts, self.seen = dict(values["counts"]), values["seen"]
+
+    def train_step(self, batch, state):
+        self.seen += int(batch[0].sum() * 100)
+        self.counts[f"batch {self.seen}"] = [state.global_iteration]
+        self.own_optimizer.zero_grad(set_to_none=False)
+        self.own(batch[0]).square().sum().backward()
+        if state.global_iteration != 2:  # else it has gradients that wait for the step after the checkpoint
+            self.own_optimizer.step()
+        with self.exchange_gradients(self.net, when=state.global_iteration > 2):
+            super().train_step(batch, state)
+
+
+class Remembering(Plugin):
+    """Keeps of each rank what the others do not have."""
+
+    def __init__(self):
+        super().__init__("remembering")
+        self.seen = []
+
+    def observe_training_step(self, state):
+        self.seen.append(torch.rand(()).item())
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = list(state["seen"])
+
+
+def own_states(strategy=Strategy.DDP):
+    """What each rank has at the end of a run, and of one that was stopped on the way."""
+
+    def run(name, *stops):
+        """Stop in the first start of this name after so many batches, in the second likewise; go on to the end."""
+        for stop in (*stops, None):
+            seen, plugin = [], Remembering()
+
+            def at(place, model, stop=stop, seen=seen):
+                seen.append(place)
+                if seen.count("train") == stop:
+                    model.trainer.request_stop()
+
+            model = OwnStates(at)
+            data = kit.Data(train=4, batch_size=3)
+            outcome = fit(model, data, plugin, run_name=name, strategy=strategy)
+            assert outcome is (stop is None), outcome
+        gradients = [p.grad for p in model.own.parameters()]
+        return digest([model.state_dict(), plugin.state_dict(), gradients])
+
+    return [run("whole"), run("stopped", 2, 1)]
+
+
+def own_states_fsdp():
+    return own_states(Strategy.FSDP)
+
+
+def own_states_stopped():
+    return fit(OwnStates(lambda place, model: model.trainer.request_stop()), kit.Data(train=4), Remembering())
+
+
+def own_states_alone():
+    """Goes on from what `own_states_stopped` left, and returns the warnings."""
+    said = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("helios").addHandler(handler)
+    return [fit(OwnStates(), kit.Data(train=4), Remembering()), said]
+
+
+def own_states_lost():
+    """The control: rank 0's states for all."""
+    _resumption.overlaid = lambda state, parts: dict(state)
+    return own_states()
+
+
+class Waiting(kit.Data):
+    def teardown(self):
+        safe_barrier()
+
+
+def waits_in_teardown():
+    def at(place, model):
+        if model.rank == 1:
+            raise kit.AbortError("in training")
+
+    return fit(Line(at), Waiting(train=4), dist_timeout_s=60)
+
+
 class OddError(Exception):
     def __init__(self, one, two):
         super().__init__(f"{one} and {two}")
@@ -193,28 +312,7 @@ def revived():
     return [type(error).__name__, str(error), error.one]
 
 
-def main():
-    if "RANK" in os.environ:
-        torch.set_num_threads(1)
-        result = globals()[NAME]()
-        (FOLDER / f"result{os.environ['RANK']}").write_bytes(pickle.dumps(result))
-        return
-    world_size = int(sys.argv[3])
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    ranks = []
-    for rank in range(world_size):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {name: str(value) for name, value in place.items()}
-        ranks.append(subprocess.Popen([sys.executable, *sys.argv], env=environment))
-    try:
-        for process in ranks:
-            process.wait(timeout=90)
-    finally:
-        for process in ranks:
-            process.kill()
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    outcome = globals()[NAME]()
+    (FOLDER / f"result{os.environ['RANK']}").write_bytes(pickle.dumps(outcome))

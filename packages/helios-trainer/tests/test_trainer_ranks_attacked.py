@@ -1,8 +1,7 @@
 """Several ranks of which one fails, is slow, or does what others do not: the run ends soon, with the cause named."""
 
 import pickle
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,21 @@ JOB = Path(__file__).parent / "ranks_attacked_job.py"
 
 
 @pytest.fixture
-def outcomes(tmp_path):
+def outcomes(scripts, tmp_path):
     """Run a scenario of ranks_attacked_job.py on so many ranks, and return what each has returned."""
 
     def run(name, world_size=2):
-        command = [sys.executable, JOB, name, tmp_path, str(world_size)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        size = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        place = {**size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks = [
+            {key: str(value) for key, value in {**place, "RANK": r, "LOCAL_RANK": r}.items()}
+            for r in range(world_size)
+        ]
+        done = scripts.together([(JOB, (name, tmp_path), env) for env in ranks], tmp_path)
         paths = [tmp_path / f"result{rank}" for rank in range(world_size)]
-        assert all(path.exists() for path in paths), done.stderr
+        assert all(path.exists() for path in paths), [each.stderr for each in done]
         return [pickle.loads(path.read_bytes()) for path in paths]
 
     return run
@@ -77,3 +83,30 @@ def test_draws_in_prepare_data_do_not_change_the_weights_of_rank_0(outcomes):
 
 def test_exceptions_whose_init_takes_something_else_keep_their_type(outcomes):
     assert outcomes("revived", world_size=1) == [["OddError", "1 and 2", 1]]
+
+
+@pytest.mark.parametrize("scenario", ["own_states", "own_states_fsdp"])
+def test_what_a_rank_has_of_its_own_comes_back_to_it(outcomes, scenario):
+    ranks = outcomes(scenario)
+    for whole, stopped in ranks:
+        assert whole == stopped
+    assert ranks[0] != ranks[1]
+
+
+def test_the_control_for_that(outcomes):
+    for whole, stopped in outcomes("own_states_lost"):  # rank 0 hears of rank 1 when gradients are exchanged
+        assert whole != stopped
+
+
+def test_on_another_number_of_ranks_it_is_said_that_it_is_lost(outcomes):
+    assert outcomes("own_states_stopped") == [False, False]
+    ((is_finished, said),) = outcomes("own_states_alone", world_size=1)
+    assert is_finished is True
+    (warning,) = [text for text in said if "is lost" in text]
+    assert "had other states of model and plugins than rank 0" in warning
+
+
+def test_a_rank_whose_teardown_waits_for_one_that_failed(outcomes):
+    first, second = outcomes("waits_in_teardown")
+    assert second == ["AbortError: in training"]
+    assert "rank 1 failed: AbortError: in training" in "".join(first)

@@ -41,32 +41,38 @@ def build_checkpoint(
         plug_id: checked_state(f"plug-in {plug_id!r}", plugin.state_dict())
         for plug_id, plugin in plugins.items()
     }
-    others = states_of_ranks(ranks, model, train_loader, generators, of_plugins)
     own = {
-        "cut": as_dict(cut),
-        "stop": None if stop is None else stop.name,
-        "settings": settings.decisive(),
-        "noted": noted(settings, train_loader),
         "tables": tables_of(model),
         "gradients": gradients_of(model),
         "modes": modes_of(model),
         "aliases": aliases_of(model),
-        "event_sizes": dict(event_sizes),
         "unsynchronised": unsynchronised(model),
+    }
+    of_model = checked_state("model", model.state_dict())
+    data = dict(train_loader.state_dict())
+    others = states_of_ranks(
+        ranks, model, generators, {**own, "model": of_model, "data": data, "plugins": of_plugins}
+    )
+    own |= {
+        "cut": as_dict(cut),
+        "stop": None if stop is None else stop.name,
+        "settings": settings.decisive(),
+        "noted": noted(settings, train_loader),
+        "event_sizes": dict(event_sizes),
         "world_size": ranks.world_size,
         "ranks": [{key: value for key, value in each.items() if key != "rng"} for each in others],
     }
-    checkpoint: dict[str, Any] = {
-        "training_state": {**state.to_dict(), "trainer": own},
-        "model": checked_state("model", model.state_dict()),
-        "data": dict(train_loader.state_dict()),
-        **targets.to_dict(),
-    }
-    checkpoint |= of_plugins
-    checkpoint["rng"] = dict(generators)
+    rng = dict(generators)
     if ranks.world_size > 1:
-        checkpoint["rng"]["ranks"] = [each["rng"] for each in others]  # after this one
-    return checkpoint
+        rng["ranks"] = [each["rng"] for each in others]  # after this one
+    return {
+        "training_state": {**state.to_dict(), "trainer": own},
+        "model": of_model,
+        "data": data,
+        **targets.to_dict(),
+        **of_plugins,
+        "rng": rng,
+    }
 
 
 def noted(settings: TrainerSettings, train_loader: ResumableDataLoader) -> dict[str, Any]:

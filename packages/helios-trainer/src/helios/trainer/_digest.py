@@ -113,7 +113,7 @@ class _Digester:
         except TypeError as error:
             name = f"{type(value).__module__}.{type(value).__qualname__}"
             raise TypeError(
-                f"the ledger can take a digest of tensors, plain values, containers and what can be pickled, found "
+                f"a digest can be taken of tensors, plain values, containers and what can be pickled, found "
                 f"{name}: {error}"
             ) from error
         if isinstance(reduced, str):

@@ -1,6 +1,6 @@
 """The networks of a user's model, found by looking, and what hangs on them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -43,16 +43,14 @@ def _parts_in(name: str, value: object, inside: list[int]) -> Iterator[tuple[str
         inside.pop()
 
 
-def gradients_of(
-    owner: object, is_wanted: Callable[[torch.Tensor], bool] = lambda parameter: True
-) -> dict[str, torch.Tensor]:
-    """Return the gradients that the parameters hold, by name; only those of some parameters, if one says of which.
+def gradients_of(owner: object) -> dict[str, torch.Tensor]:
+    """Return the gradients that the parameters hold, by name.
 
     All of them, although those that an optimizer has used are mostly overwritten next: whether they are is
     the user's business. Another optimizer may still wait for them, `zero_grad(set_to_none=False)` makes zeros
     of them where it leaves None alone, and the next batch may add to them.
     """
-    return {name: p.grad for name, p in _named_parameters(owner) if p.grad is not None and is_wanted(p)}
+    return {name: p.grad for name, p in named_parameters(owner) if p.grad is not None}
 
 
 def restore_gradients(
@@ -72,7 +70,7 @@ def restore_gradients(
     of = {
         id(_found("a gradient", name, aliases, parameters)): gradient for name, gradient in gradients.items()
     }
-    for _, parameter in _named_parameters(owner):
+    for _, parameter in named_parameters(owner):
         gradient = of.get(id(parameter))
         parameter.grad = None if gradient is None else as_laid_out(gradient.to(parameter.device), parameter)
 
@@ -87,7 +85,7 @@ def modes_of(owner: object) -> dict[str, list[str]]:
             for name, module in modules.items()
             if not module.training and first_names[id(module)] == name
         ],
-        "frozen": [name for name, p in _named_parameters(owner) if not p.requires_grad],
+        "frozen": [name for name, p in named_parameters(owner) if not p.requires_grad],
     }
 
 
@@ -126,7 +124,7 @@ def restore_frozen(owner: object, modes: Mapping[str, list[str]], aliases: Mappi
     """
     parameters = _parameters_by_name(owner)
     frozen = {id(_found("a frozen parameter", name, aliases, parameters)) for name in modes["frozen"]}
-    for _, parameter in _named_parameters(owner):
+    for _, parameter in named_parameters(owner):
         if parameter.requires_grad is (id(parameter) in frozen):
             parameter.requires_grad_(id(parameter) not in frozen)
 
@@ -173,7 +171,7 @@ def _parameters_by_name(owner: object) -> dict[str, torch.Tensor]:
     return by_name
 
 
-def _named_parameters(owner: object) -> Iterator[tuple[str, torch.Tensor]]:
+def named_parameters(owner: object) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield each parameter once, by its first name."""
     seen: set[int] = set()
     for name, parameter in _parameters_by_name(owner).items():
@@ -187,7 +185,7 @@ def tensors_of(owner: object) -> Iterator[tuple[str, torch.Tensor]]:
 
     Parameters of lazy modules come when they are there.
     """
-    yield from ((name, p) for name, p in _named_parameters(owner) if not nn.parameter.is_lazy(p))
+    yield from ((name, p) for name, p in named_parameters(owner) if not nn.parameter.is_lazy(p))
     yield from buffers_of(owner).items()
 
 

@@ -8,12 +8,11 @@ from helios.chkpt import load_sharded, parse_name
 from helios.core.rng import RNGStateError, derive_seed, load_rng_state_dict, seed_rngs
 from helios.data import LoaderStateError, ResumableDataLoader
 from helios.trainer._checkpoint import noted
-from helios.trainer._layout import is_folder_of_parts
 from helios.trainer._loop import Cut, CutPoint, StopReason, cut_from_dict
 from helios.trainer._model import Model, restore_tables
 from helios.trainer._modules import restore_buffers, restore_frozen, restore_gradients, restore_training_modes
 from helios.trainer._plugin import RESERVED_KEYS, PluginRegistry, is_overridden
-from helios.trainer._rank_state import average_of_ranks
+from helios.trainer._rank_state import average_of_ranks, overlaid
 from helios.trainer._ranks import Ranks
 from helios.trainer._replicas import meshes_of, restore_unsynchronised
 from helios.trainer._reshard import taking_other_shards
@@ -163,10 +162,11 @@ class Resumption:
 
     def restore_objects(self, model: Model, plugins: PluginRegistry) -> None:
         """Give model and plug-ins their states; after `setup`."""
-        if is_folder_of_parts(self.path):
+        if is_in_parts(self.path):
             self._fetch_shards(model)
-        load_model(model, self._checkpoint["model"], self.path)
-        of_rank = self._of_rank().get("plugins", {})
+        own = self._of_rank()
+        load_model(model, overlaid(self._checkpoint["model"], own.get("model", [])), self.path)
+        of_rank = own.get("plugins", {})
         for plug_id, plugin in plugins.items():
             if plug_id in self._checkpoint:  # `check_plugins` let no other pass unless it may begin anew
                 plugin.load_state_dict(of_rank.get(plug_id, self._checkpoint[plug_id]))
@@ -244,10 +244,17 @@ class Resumption:
             self._world_size,
             self._ranks.world_size,
         )
+        if lost := sorted({key for other in self._others for key in other.keys() & {"model", "plugins"}}):
+            get_root_logger().warning(
+                "the ranks that wrote %s had other states of %s than rank 0, which all go on with now: what they had "
+                "of their own is lost",
+                self.path,
+                " and ".join(lost),
+            )
 
     def _restore_own(self, model: Model, is_over: bool) -> None:
-        modes, aliases = self._own["modes"], self._own.get("aliases", {})  # which 0.1 did not write
-        own = {**self._own, **self._of_rank()}
+        own = self._with(self._of_rank())
+        modes, aliases = own["modes"], own.get("aliases", {})  # which 0.1 did not write
         if self._world_size != self._ranks.world_size:
             own = self._shared_out(own)
         restore_tables(model, own["tables"])
@@ -258,12 +265,23 @@ class Resumption:
         if is_over or self.cut.point is not CutPoint.FINISHED:
             restore_training_modes(model, modes, aliases)
 
+    def _with(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a rank had: what rank 0 had, and what was other there."""
+        gradients = overlaid(self._own["gradients"], other.get("gradients", []))
+        return {**self._own, **other, "gradients": gradients}
+
     def _shared_out(self, own: dict[str, Any]) -> dict[str, Any]:
         """Return what each of another number of ranks gets, so that their mean is the mean that there was."""
-        everyone = [self._own, *({**self._own, **other} for other in self._others)]
+        everyone = [self._own, *map(self._with, self._others)]
         running = average_of_ranks([each["tables"]["_running_losses"] for each in everyone])
         gradients = average_of_ranks([each["gradients"] for each in everyone])
         return {**own, "tables": {**own["tables"], "_running_losses": running}, "gradients": gradients}
+
+
+def is_in_parts(path: Path) -> bool:
+    """Whether a checkpoint is one of those that keep tensors of which each rank has a part in files of their own."""
+    name = parse_name(path.name)
+    return name is not None and name.is_sharded
 
 
 def with_parts(path: Path, model: Model) -> dict[str, Any]:
