@@ -14,6 +14,7 @@ from benchmarks.trainer_work import Work, loss_of
 from helios.core.rng import get_rng_state_dict
 from helios.data import DataModule, create_dataloader
 from helios.trainer import Model, Trainer, TrainingState, TrainingUnit
+from helios.trainer._model import tables_of
 from helios.trainer._rank_state import states_of_ranks
 from helios.trainer._ranks import Together
 from helios.trainer._stop_request import StopRequest
@@ -28,8 +29,8 @@ NOTES = (
     "over the turns of the difference to the turn of the loop by hand just before; by hand itself is a second such "
     "loop, which is the noise. Losses: kept in `_loss_items`. Agreement: what a rank does after each batch so that all "
     "can stop after the same one, and answer alike; nobody is asked to. Save: a checkpoint of 10 MB that rank 0 "
-    "writes, with fsync; and of that what all ranks do together before: comparing what each has of its own, and "
-    "gathering the generators."
+    "writes, with fsync; and of that what all ranks do together before: comparing what each has, and gathering what "
+    "differs, such as the generators."
 )
 WORKS = {"MLP": Work(400, 32, [32]), "wide MLP": Work(100, 32, [1024, 1024])}
 
@@ -180,8 +181,13 @@ def measure_saves(num_saves: int) -> list[float]:
                 ours_at.fit(model, Data(work))
         ranks = Together(request)
         loader = create_dataloader(work.dataset(), is_distributed=True)
-        own = dict(get_rng_state_dict())
-        gathers = [timed(lambda: states_of_ranks(ranks, model, loader, own, {})) for _ in range(20)]
+        generators = dict(get_rng_state_dict())
+
+        def together() -> None:
+            own = {"tables": tables_of(model), "model": model.state_dict(), "data": dict(loader.state_dict())}
+            states_of_ranks(ranks, model, generators, own)
+
+        gathers = [timed(together) for _ in range(20)]
         ranks.wait_for_all()
         ranks.close()
         dist.barrier()
