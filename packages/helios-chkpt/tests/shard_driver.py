@@ -12,6 +12,7 @@ import errno
 import fcntl
 import importlib
 import json
+import logging
 import os
 import random
 import resource
@@ -40,6 +41,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from helios import chkpt  # noqa: E402
 from helios.chkpt._sharded import read, write  # noqa: E402, F401  # imported before any fork, since it takes a while
+from helios.chkpt._sharded.folder import delete  # noqa: E402
 
 NAME = "run_epoch_1_iter_2.dcp"
 _SPECS: dict[str, tuple[tuple[int, ...], list[Any], torch.dtype]] = {
@@ -407,6 +409,26 @@ def store(folder: Path, _: str) -> dict[str, object]:
     mine.close()
     other.close()
     return found
+
+
+def pruned(folder: Path, _: str) -> dict[str, object]:
+    """A checkpoint is deleted while rank 1 verifies it and rank 0 may have done so already."""
+    rank, real = dist.get_rank(), write.chunks_of
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("helios.chkpt").addHandler(handler)
+
+    def deleting(path: Path, shards: Any) -> Any:
+        delete(path)
+        return real(path, shards)
+
+    if rank == 1:
+        write.chunks_of = deleting
+    store = chkpt.CheckpointStore(folder / "pruned", "run", 1, is_writer=rank == 0)
+    dist.barrier()
+    path = store.save_sharded(state_on(line(), 1), epoch=1, iteration=1)
+    return {"path": path.name, "there": path.exists(), "messages": messages}
 
 
 def damaged(folder: Path, _: str) -> list[str]:

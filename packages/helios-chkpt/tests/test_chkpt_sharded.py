@@ -142,6 +142,14 @@ def test_a_store_in_each_rank_of_which_one_keeps_the_folder(tmp_path: Path) -> N
     assert second["refused"].startswith("ValueError: is_writer: this store is not the writer")
 
 
+def test_all_ranks_say_alike_that_somebody_else_deleted_what_they_saved(tmp_path: Path) -> None:
+    ((first, second),) = run(tmp_path / "f", "pruned:2")
+    for found in (first, second):
+        assert found["path"] == "run_epoch_1_iter_1.dcp" and not found["there"]
+        (message,) = found["messages"]
+        assert message.endswith("run_epoch_1_iter_1.dcp was deleted by somebody else as soon as it was saved")
+
+
 def test_kills_of_any_rank_leave_the_old_checkpoint_or_the_new_one(tmp_path: Path) -> None:
     calls, times = raw_run(tmp_path / "f", "storm:0:calls,12", "storm:0:time,4")
     for found in (calls, times):

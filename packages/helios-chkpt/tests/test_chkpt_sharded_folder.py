@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 
 from helios import chkpt
 from helios.chkpt import CheckpointName, CheckpointStore, DifferenceKind
+from helios.chkpt import _read as read_module
+from helios.chkpt._sharded import verify as verify_module
 from helios.chkpt._sharded.convert import convert
 from helios.chkpt_migrator import migrate_checkpoints_to_current_version
 from helios.chkpt_migrator._command import helios_chkpt
@@ -88,6 +91,56 @@ def test_load_gives_parts_and_leaves_shards_alone_if_asked(tmp_path: Path) -> No
     assert torch.equal(state["model"]["s"], TENSORS["s"])
     with pytest.raises(chkpt.TruncatedError):
         chkpt.load(path)
+
+
+def test_the_main_file_is_read_once_by_whatever_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder_at(tmp_path / "run_epoch_1_iter_2.dcp")
+    read: list[Path] = []
+    for module in (read_module, verify_module):
+
+        def open_file(file: Path, real: Any = module.open_file) -> Any:
+            read.append(file)
+            return real(file)
+
+        monkeypatch.setattr(module, "open_file", open_file)
+    loads: dict[str, tuple[Callable[[], Any], int]] = {
+        "load": (lambda: chkpt.load(path), 1),
+        "load without shards": (lambda: chkpt.load(path, shards=False), 1),
+        "load_sharded": (lambda: chkpt.load_sharded(path, meshes=[]), 1),
+        "load_last_checkpoint": (lambda: chkpt.load_last_checkpoint(tmp_path), 1),
+        "load_last_checkpoint without": (lambda: chkpt.load_last_checkpoint(tmp_path, shards=False), 2),
+    }
+    for name, (act, count) in loads.items():
+        assert act() is not None
+        assert read == [path / "helios.pth"] * count, name
+        read.clear()
+
+
+def test_a_bit_that_flipped_in_a_shard_leads_to_the_one_before_though_shards_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older = folder_at(tmp_path / "run_epoch_1_iter_1.dcp")
+    newer = folder_at(tmp_path / "run_epoch_1_iter_2.dcp")
+
+    def found() -> Path:
+        last = chkpt.load_last_checkpoint(tmp_path, shards=False)
+        assert last is not None and last[1]["n"] == 1
+        return last[0]
+
+    for name in (".metadata", "__0_0.distcp"):
+        file = shards_of(newer) / name
+        content = file.read_bytes()
+        for position in range(0, len(content), 97):
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << position % 8
+            file.write_bytes(flipped)
+            assert found() == older
+            assert len(caplog.messages) == 1 and "CorruptError" in caplog.messages[0]
+            caplog.clear()
+        file.write_bytes(content)
+        assert found() == newer and caplog.messages == []  # the control
 
 
 def test_map_location_moves_what_was_in_shards(tmp_path: Path) -> None:

@@ -66,14 +66,19 @@ def load_last_checkpoint(
     safe_types: Sequence[type] = (),
     shards: bool = True,
 ) -> tuple[Path, dict[str, object]] | None:
-    """The checkpoint that `find_last_checkpoint` finds, loaded: each file is read once, verified while it is.
+    """The checkpoint that `find_last_checkpoint` finds, loaded.
+
+    A file is read once, verified while it is. Of a folder, the shards are read twice: all are verified before any is
+    loaded. Without shards, they are read once and the main file twice. This process alone reads them: of large ones,
+    that takes a while.
 
     Args:
         root: the folder.
         run_name: look at this run only; None for all.
         map_location: as for `load`.
         safe_types: as for `load`.
-        shards: as for `load`; without them, they are verified all the same.
+        shards: as for `load`; without them, they are verified all the same, so that a damaged one leads to the
+            checkpoint before.
 
     Returns:
         Path and content, or None if there is none.

@@ -63,33 +63,50 @@ def load(
         TypeError, ValueError: a wrong argument, or `mmap` for a folder.
         RuntimeError: from torch, if `map_location` names a device that is not there.
     """
-    from helios.chkpt._materialise import materialise  # torch: not needed to verify or to inspect
-
     target = as_path("path", path)
     check_bool("verify", verify)
     check_bool("shards", shards)
     if mmap is not None:
         check_bool("mmap", mmap)
-    types = check_types(safe_types)
+    check_types(safe_types)
     if is_sharded(target):
-        from helios.chkpt._sharded.read import load_folder
+        from helios.chkpt._sharded.read import load_folder  # torch: not needed to verify or to inspect
 
         if mmap and shards:
             raise ValueError("mmap: tensors in shards cannot be mapped; expected False or None for a folder")
         return load_folder(target, map_location, verify, safe_types, keys, shards)
     with open_file(target) as file:
         contents = read_contents(file, target)
-        contents.check(types)
-        values = contents.values if keys is None else _chosen(contents.values, keys, target)
-        state = materialise(
-            values,
+        return loaded(
             file,
-            contents.archive,
+            contents,
             map_location=map_location,
             mmap=bool(mmap),
             verify=verify,
             safe_types=safe_types,
+            keys=keys,
         )
+
+
+def loaded(
+    file: IO[bytes],
+    contents: Contents,
+    *,
+    map_location: MapLocation,
+    mmap: bool = False,
+    verify: bool,
+    safe_types: Sequence[type],
+    keys: Iterable[str] | None,
+) -> dict[str, object]:
+    """As `load`, of a file that is open and whose contents were read. They are used up."""
+    from helios.chkpt._materialise import materialise  # as in `load`
+
+    contents.check(check_types(safe_types))
+    archive = contents.archive
+    values = contents.values if keys is None else _chosen(contents.values, keys, archive.path)
+    state = materialise(
+        values, file, archive, map_location=map_location, mmap=mmap, verify=verify, safe_types=safe_types
+    )
     return cast("dict[str, object]", state)
 
 

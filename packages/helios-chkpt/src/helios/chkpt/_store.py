@@ -6,7 +6,7 @@ import builtins
 import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from helios.chkpt._memory import Staging, State
+    from helios.chkpt._sharded.ranks import Ranks
 
 _LOGGER = logging.getLogger("helios.chkpt")
 _LEFT = "deleted %s, left by a writer that was killed"
@@ -193,11 +194,7 @@ class CheckpointStore:
             return Job(state, self._path(epoch, iteration, metadata, is_sharded=True), check_score(score))
 
         path = write_folder(job, ranks)
-        self._newest = path
-        if ranks.agree(lambda: self._is_writer and self._retention.deletes)[0]:
-            verify_together(path, ranks)
-            ranks.agree(lambda: self._keep(path))
-        self._sweep()
+        self._finish(path, ranks, lambda: verify_together(path, ranks))
         return path
 
     def last(self) -> Path | None:
@@ -285,28 +282,32 @@ class CheckpointStore:
             CheckpointName(self._run_name, epoch, iteration, metadata, is_sharded=is_sharded)
         )
 
-    def _keep(self, path: Path) -> None:
-        """In the writer: what was saved there is good, so older ones may go."""
-        if self._is_writer:
-            self._verified[path] = identity(path)
-            self._prune()
-
     def _write(self, state: State, path: Path, score: float | None, *, in_background: bool) -> None:
+        from helios.chkpt._sharded.ranks import Ranks  # as in `save`
+
         write_state(state, path, score=score, in_background=in_background)
+        self._finish(path, Ranks(), lambda: verify(path, digests=False))
+
+    def _finish(self, path: Path, ranks: Ranks, check: Callable[[], None]) -> None:
+        """In each process that saved there: if the new one is good, the writer deletes older ones; then it sweeps."""
         self._newest = path
-        self._sweep()
-        if self._retention.deletes:
+        if ranks.agree(lambda: self._is_writer and self._retention.deletes)[0]:
             try:
-                verify(path, digests=False)
-                self._verified[path] = identity(path)
+                check()
+                ranks.agree(lambda: self._remember(path))
             except FileNotFoundError:
                 # Another process that keeps this run has newer ones. Nothing of ours is a reason to delete then.
                 _LOGGER.warning("%s was deleted by somebody else as soon as it was saved", path)
-                return
-            self._prune()
+            else:
+                ranks.agree(self._prune)
+        self._sweep()
+
+    def _remember(self, path: Path) -> None:
+        if self._is_writer:
+            self._verified[path] = identity(path)
 
     def _prune(self) -> builtins.list[Path]:
-        if not self._retention.deletes:
+        if not (self._is_writer and self._retention.deletes):
             return []
         newest_first = [
             Candidate(f.path, f.name.iteration) for f in reversed(listed(self._root, self._run_name))

@@ -21,7 +21,8 @@ def save_sharded(
 
     Every process of the group has to call it. DTensors, wherever they are in the state, go into shards: each process
     writes its own. All else is stored as it is in rank 0. The checkpoint is a folder. When this returns in any process,
-    it is on the disk; if it raises, or whichever processes are killed, what was there before is there still.
+    it is on the disk; if something cannot be written, what was there before is there still; whichever processes are
+    killed or interrupted, that or the new one is there, whole.
 
     Args:
         state: as `save` takes it, and with DTensors, which have to be at the same places in all processes. Their

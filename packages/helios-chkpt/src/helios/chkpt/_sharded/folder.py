@@ -57,7 +57,8 @@ class Claim:
         """Let go of the lock, once the shards count."""
         with contextlib.suppress(OSError):
             _lock_of(self.shards).unlink()
-        os.close(self.lock)
+        with contextlib.suppress(OSError):
+            os.close(self.lock)
 
     def abort(self) -> None:
         """Delete the new shards, unless they count: whatever went wrong may have done so after that."""
@@ -106,7 +107,8 @@ def claim(folder: Path) -> Claim:
 def sweep_inside(folder: Path) -> list[Path]:
     """Delete the shards that do not count and that nobody is writing; return them.
 
-    If the checkpoint's file is damaged, nobody knows which count: then all stay.
+    If the checkpoint's file is damaged, nobody knows which count: then all stay. So do the only shards that a
+    checkpoint has and that nobody locks: every save sweeps every folder, and most are like that.
 
     Raises:
         OSError: the folder cannot be read.
@@ -114,7 +116,9 @@ def sweep_inside(folder: Path) -> list[Path]:
     removed: list[Path] = []
     names = {entry.name for entry in folder.iterdir()}
     locks = {match["shards"] for name in names if (match := _LOCK_NAME.fullmatch(name))}
-    for name in sorted({name for name in names if is_shards_name(name)} | locks):
+    shards = {name for name in names if is_shards_name(name)}
+    is_tidy = MAIN_FILE in names and len(shards) == 1 and not locks
+    for name in [] if is_tidy else sorted(shards | locks):
         with _unlocked(folder / name) as is_free:
             # Only now: as long as its writer lived, its shards may have come to count.
             if is_free and not _may_count(folder, name):
@@ -160,8 +164,9 @@ def delete(path: Path) -> None:
         path.unlink()
         return
     (path / MAIN_FILE).unlink()
-    sweep_inside(path)
-    with contextlib.suppress(OSError):  # somebody saves there, or put files of their own in it
+    # Whatever is left is no checkpoint: somebody saves there, or put files of their own in it, or it is swept later.
+    with contextlib.suppress(OSError):
+        sweep_inside(path)
         path.rmdir()
 
 

@@ -27,12 +27,12 @@ from helios.chkpt._errors import CheckpointError
 from helios.chkpt._format.torch_zip import corrupt
 from helios.chkpt._materialise import MapLocation, placer
 from helios.chkpt._naming import MAIN_FILE, is_sharded
-from helios.chkpt._read import check_types, load
+from helios.chkpt._read import check_types, load, loaded
 from helios.chkpt._sharded.folder import stamp_of
 from helios.chkpt._sharded.manifest import KEY, Shards, Spread, check_digests, put
 from helios.chkpt._sharded.metadata import Chunk
 from helios.chkpt._sharded.ranks import Ranks
-from helios.chkpt._sharded.verify import MAX_TRIES, chunks_of, read_main, unless_replaced
+from helios.chkpt._sharded.verify import MAX_TRIES, chunks_of, opened_main, unless_replaced
 
 Chunks = Mapping[str, Sequence[Chunk]]
 
@@ -106,17 +106,12 @@ class _Loading:
 
     def check(self) -> None:
         """Load what is not in shards, and check this process's part of them."""
-        self.state = load(
-            self._path,
-            map_location=self._map_location,
-            verify=self._verify,
-            safe_types=self._safe_types,
-            shards=False,
-        )
+        where, types = self._map_location, self._safe_types
         self._shards = None
-        if is_sharded(self._path):
-            self._shards = read_main(self._path).shards
-            assert self._shards is not None, "load refuses files of later releases"
+        if not is_sharded(self._path):
+            self.state = load(self._path, map_location=where, verify=self._verify, safe_types=types)
+        else:
+            self.state, self._shards = _load_main(self._path, where, self._verify, types)
             self._chunks = chunks_of(self._path, self._shards)
             if self._verify:
                 files = self._shards.data_files
@@ -171,16 +166,9 @@ def _load_all(
     keys: Iterable[str] | None,
     with_shards: bool,
 ) -> dict[str, object]:
-    main = read_main(folder)
-    main.contents.check(check_types(safe_types))
-    state = load(
-        folder / MAIN_FILE, map_location=map_location, verify=verify, safe_types=safe_types, keys=keys
-    )
-    state.pop(KEY, None)
+    state, shards = _load_main(folder, map_location, verify, safe_types, keys)
     if not with_shards:
         return state
-    shards = main.shards
-    assert shards is not None, "files of later releases are refused"
     chunks = chunks_of(folder, shards)
     if verify:
         check_digests(folder, shards, shards.data_files)
@@ -192,6 +180,28 @@ def _load_all(
     for way, spread in places:
         put(state, way, tensors[spread.name], folder / MAIN_FILE)
     return state
+
+
+def _load_main(
+    folder: Path,
+    map_location: MapLocation,
+    verify: bool,
+    safe_types: Sequence[type],
+    keys: Iterable[str] | None = None,
+) -> tuple[dict[str, object], Shards]:
+    """What is not in shards, with None where a tensor in shards belongs, and what the main file says of these."""
+    with opened_main(folder) as (file, main):
+        state = loaded(
+            file,
+            main.contents,
+            map_location=map_location,
+            verify=verify,
+            safe_types=safe_types,
+            keys=keys,
+        )
+    state.pop(KEY, None)
+    assert main.shards is not None, "files of later releases are refused"
+    return state, main.shards
 
 
 def read_into(tensors: dict[str, torch.Tensor], folder: Path, shards: Shards, chunks: Chunks) -> None:

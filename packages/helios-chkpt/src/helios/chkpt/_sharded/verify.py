@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from helios.chkpt._errors import CheckpointError, NotACheckpointError, explain
 from helios.chkpt._format.archive import check_records, open_file
@@ -50,6 +51,19 @@ def read_main(folder: Path, *, digests: bool | None = None) -> Main:
         digests: compare the sums of its records, with SHA-256 or without; None for neither.
 
     Raises:
+        CheckpointError, OSError: as `opened_main`, or a sum is another.
+    """
+    with opened_main(folder) as (file, main):
+        if digests is not None:
+            check_records(file, main.contents.archive, digests=digests)
+    return main
+
+
+@contextlib.contextmanager
+def opened_main(folder: Path) -> Iterator[tuple[IO[bytes], Main]]:
+    """The open main file and what it says. The contents of tensors are neither read nor compared with their sums.
+
+    Raises:
         NotACheckpointError: there is no such file, or it is that of no sharded checkpoint.
         OSError: it cannot be read.
         CheckpointError: another of its subclasses.
@@ -64,11 +78,8 @@ def read_main(folder: Path, *, digests: bool | None = None) -> Main:
         ) from None
     with file:
         contents = read_contents(file, path)
-        if digests is not None:
-            check_records(file, contents.archive, digests=digests)
-    if contents.archive.is_newer:
-        return Main(folder, contents, None)
-    return Main(folder, contents, read_shards(contents.values, path))
+        shards = None if contents.archive.is_newer else read_shards(contents.values, path)
+        yield file, Main(folder, contents, shards)
 
 
 def chunks_of(folder: Path, shards: Shards) -> dict[str, list[Chunk]]:

@@ -5,6 +5,7 @@ Until then, and if anything fails in any process, what was there before is there
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan
 
 from helios.chkpt._arguments import as_path
+from helios.chkpt._errors import CheckpointError
 from helios.chkpt._memory import in_memory
 from helios.chkpt._naming import MAIN_FILE, SHARDED_SUFFIX
 from helios.chkpt._sharded.folder import Claim, claim, sweep_inside
@@ -93,14 +95,19 @@ def verify_together(folder: Path, ranks: Ranks) -> None:
     """As ``helios.chkpt.verify(digests=False)``; each process hashes a part of the shards.
 
     Raises:
+        FileNotFoundError: in all processes, if somebody deleted it.
         CheckpointError, OSError: in all processes, if one finds something.
     """
 
     def check() -> None:
-        shards = read_main(folder, digests=False if ranks.rank == 0 else None).shards
-        assert shards is not None, "this release wrote it"
-        chunks_of(folder, shards)
-        check_digests(folder, shards, shards.data_files[ranks.rank :: ranks.size])
+        try:
+            shards = read_main(folder, digests=False if ranks.rank == 0 else None).shards
+            assert shards is not None, "this release wrote it"
+            chunks_of(folder, shards)
+            check_digests(folder, shards, shards.data_files[ranks.rank :: ranks.size])
+        except (CheckpointError, OSError):
+            (folder / MAIN_FILE).stat()  # if it is gone, so may be what it names, and nothing is damaged
+            raise
 
     ranks.agree(check)
 
@@ -165,7 +172,8 @@ class _Writing:
         write_archive(state.values, state.sources, self._job.folder / MAIN_FILE, score=self._job.score)
         done, self._claim = self._claim, None
         done.release()
-        sweep_inside(self._job.folder)
+        with contextlib.suppress(OSError):  # nothing that fails now is a reason to say that it was not saved
+            sweep_inside(self._job.folder)
         return [None] * self._ranks.size
 
     def abort(self) -> None:
