@@ -3,20 +3,25 @@
 Arguments: the name of a scenario below, and a file for what it returns.
 """
 
+import atexit
 import os
 import queue
 import signal
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from helios.trainer import _launch
 from helios.trainer._execution import select_executions
 from helios.trainer._launch import launch, make_stop_flag
+from helios.trainer._ranks import Together
 from helios.trainer._spawn_queue import SpawnQueue
+from helios.trainer._stop_request import StopRequest
 
 _launch.GRACE_S = 1.0
 
@@ -129,12 +134,17 @@ def leave_child_and_die(parent_id):
     kill_self()
 
 
+def crashes_at_exit(execution, context):
+    atexit.register(os._exit, 3)
+
+
 def deaths():
     items = SpawnQueue()
     return {
         "killed": run(partial(dies, partial(leave_child_and_die, os.getpid())), 2, items),
         "exit code": run(partial(dies, partial(os._exit, 0))),
         "sys.exit": run(partial(dies, partial(sys.exit, 4))),
+        "at exit": run(crashes_at_exit),
         "items": sorted(drained(items)),
     }
 
@@ -142,6 +152,35 @@ def deaths():
 def not_to_be_pickled():
     flag = make_stop_flag()
     return run(partial(puts, lambda: 0, None), flag=flag)
+
+
+def leaves(folder, execution, context):
+    """A rank that has failed is busy with itself until the other one has raised; it still holds the group."""
+    net = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
+    for owns_group in (False, True):
+        ranks = Together(StopRequest(), owns_group=owns_group)
+        ranks.wait_for_all()
+        has_raised = Path(f"{folder}.{owns_group}")
+        if execution.rank == 0:
+            ranks.leave()
+            while not has_raised.exists():
+                time.sleep(0.01)
+            continue
+        try:
+            if owns_group:
+                net(torch.ones(1, 2)).sum().backward()
+            else:
+                ranks.wait_for_all()
+        except RuntimeError as error:
+            context.queue.put(str(error))
+        has_raised.touch()
+    return [list(parameter.shape) for parameter in net.parameters()]
+
+
+def leaving():
+    items = SpawnQueue()
+    answer = run(partial(leaves, sys.argv[2]), 2, items, timeout_s=900)  # longer than the test may take
+    return [answer, drained(items)]
 
 
 # -- Signals --
@@ -193,7 +232,7 @@ def orphans():
 
 SCENARIOS = {
     function.__name__: function
-    for function in (queues, one_failure, deaths, not_to_be_pickled, signals, orphans)
+    for function in (queues, one_failure, deaths, leaving, not_to_be_pickled, signals, orphans)
 }
 
 if __name__ == "__main__":

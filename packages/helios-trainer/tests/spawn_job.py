@@ -4,7 +4,10 @@ Arguments: the name of a scenario below, a folder, and a file for what it return
 """
 
 import multiprocessing
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -13,7 +16,7 @@ import torch
 import trainer_kit as kit
 
 import helios.trainer.distributed as hd
-from helios.trainer import Plugin
+from helios.trainer import Plugin, _launch
 from helios.trainer._launch import request_stop
 
 FOLDER = Path(sys.argv[2])
@@ -114,6 +117,75 @@ def exceptions():
     return result
 
 
+class FirstFails(kit.Net):
+    """Rank 0 raises, and rank 1 waits for it."""
+
+    def on_training_end(self):
+        if self.rank == 0:
+            raise PassedError("came first")
+        hd.safe_barrier()
+
+
+class SlowToLetGo(kit.Data):
+    """On rank 0 it takes until rank 1 has failed because of that, and longer than the parent waits for the silent."""
+
+    def teardown(self):
+        if self.trainer.rank == 1:
+            (FOLDER / "bereaved").touch()
+            return
+        while not (FOLDER / "bereaved").exists():
+            time.sleep(0.01)
+        time.sleep(2.0)
+
+
+def first_failure():
+    _launch.GRACE_S = 0.5
+    trainer, _ = made()
+    return {"fit": raised(trainer.fit, FirstFails(), SlowToLetGo())}
+
+
+class SignalledEarly(Plugin):
+    """Each rank gets a signal while it starts."""
+
+    def __init__(self):
+        super().__init__("early")
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Hasty(Plugin):
+    def __init__(self):
+        super().__init__("hasty")
+
+    def configure_trainer(self, trainer):
+        trainer.request_stop()
+
+
+class SignalsLate(Plugin):
+    """The parent gets a signal when all is done but the last checkpoint."""
+
+    def __init__(self):
+        super().__init__("late")
+
+    def on_training_end(self):
+        if self.trainer.rank == 0:
+            os.kill(os.getppid(), signal.SIGTERM)
+            while self.trainer._stop_request.of_parent.value == 0:
+                time.sleep(0.01)
+
+
+def asked():
+    result = {}
+    for plugin in (SignalledEarly(), Hasty(), SignalsLate()):
+        saving = {"chkpt_root": FOLDER / "checkpoints", "chkpt_frequency": 1}
+        trainer = kit.trainer(nprocs=2, run_name=plugin.plug_id, **saving)
+        trainer.plugins.append(plugin)
+        result[plugin.plug_id] = [trainer.fit(kit.Net(), kit.Data()), trainer.stopped_by]
+    return result
+
+
 class TorchrunNet(kit.Net):
     fails = False
 
@@ -142,7 +214,7 @@ def torchrun():
     return result
 
 
-SCENARIOS = {"fit": fit, "exceptions": exceptions, "torchrun": torchrun}
+SCENARIOS = {function.__name__: function for function in (fit, exceptions, first_failure, asked, torchrun)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

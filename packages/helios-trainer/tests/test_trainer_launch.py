@@ -78,7 +78,19 @@ def test_ranks_that_die_without_an_exception(scenario):
     assert kind == "RuntimeError" and text.startswith("rank 0 (process ")
     assert text.endswith(" ended with exit code 0, without an exception and before its work was done")
     assert result["sys.exit"][:2] == ["SystemExit", "4"]
+    kind, text, _ = result["at exit"]
+    assert kind == "RuntimeError" and text.startswith("rank 0 (process ")
+    assert text.endswith(
+        " ended with exit code 3, not 0: something failed while it ended, after its work was done"
+    )
     assert result["items"] == ["from 0", "from 1"]
+
+
+def test_who_waits_for_a_rank_that_leaves_raises_at_once(scenario):
+    result, _ = scenario("leaving")  # else it never ends
+    shapes, texts = result
+    assert shapes == [[1, 2], [1]]
+    assert len(texts) == 2 and all("gloo" in text for text in texts)  # closed, or reset
 
 
 def test_what_cannot_be_pickled(scenario):
@@ -167,6 +179,13 @@ class DemandingError(Exception):
         super().__init__(f"{one} and {two}")
 
 
+class CodeError(Exception):
+    """Would say "code code 3" when it is unpickled."""
+
+    def __init__(self, code):
+        super().__init__(f"code {code}")
+
+
 class ChangingError(Exception):
     """Becomes another exception when it is unpickled."""
 
@@ -188,6 +207,7 @@ def brought_over(error):
         KeyError("x"),
         pickle.PicklingError(1, 2),
         DemandingError(1, 2),
+        CodeError(3),
         ChangingError("before"),
         SystemExit(4),
         KeyboardInterrupt(),

@@ -10,6 +10,8 @@ from helios.chkpt import load
 from helios.trainer import Model
 from helios.trainer._scalars import ScalarLog
 from helios.trainer._training_state import TrainingState
+from helios.trainer.logging._loggers import RunLoggers
+from helios.trainer.logging._places import LogTargets
 
 
 def scalars(folder):
@@ -226,3 +228,18 @@ def test_nothing_in_the_loop_waits_for_a_device(kit, tmp_path, unit, reads):
     trainer.fit(model, kit.Data(train=30))
     assert ("aten::_local_scalar_dense" in model.waits.ops) == reads  # control: it is seen if the model reads
     assert load(next(tmp_path.glob("*.pth")))["model"]["weight"].shape == (3,)
+
+
+def test_a_log_file_that_only_rank_0_can_write(tmp_path):
+    (tmp_path / "file").touch()
+    targets = LogTargets(log_file=tmp_path / "file" / "run.log", run_folder=None)
+    for rank in (0, 1):
+        loggers = RunLoggers(capture_warnings=False, rank=rank)
+        try:
+            if rank == 0:
+                with pytest.raises(OSError, match="log_path"):
+                    loggers.open_log_file(targets)
+            else:
+                loggers.open_log_file(targets)  # on another machine, say
+        finally:
+            loggers.close()

@@ -52,6 +52,21 @@ def test_exceptions_of_spawned_processes(scenario):
 
 
 @pytest.mark.long
+def test_the_exception_that_came_first_is_raised(scenario):
+    kind, text, notes = torch.load(scenario("first_failure"))["fit"]
+    assert (kind, text) == ("PassedError", "came first")
+    assert notes.startswith("Raised in rank 0:\nTraceback") and "in on_training_end" in notes
+
+
+@pytest.mark.long
+def test_requests_before_and_after_the_ranks_look(scenario):
+    result = torch.load(scenario("asked"), weights_only=False)
+    assert result["early"] == [False, 15]
+    assert result["hasty"] == [False, None]
+    assert result["late"] == [True, 15]
+
+
+@pytest.mark.long
 def test_ranks_of_torchrun(scenario):
     path = scenario("torchrun", *TORCHRUN)
     results = [torch.load(f"{path}{rank}") for rank in (0, 1)]

@@ -1,7 +1,7 @@
 """One call of `fit`: everything between the arguments and the loop, and after it."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from helios.chkpt import CheckpointStore
@@ -24,7 +24,7 @@ from helios.trainer._saver import CheckpointSaver
 from helios.trainer._scalars import logging_scalars
 from helios.trainer._settings import TrainerSettings
 from helios.trainer._start_note import Start, StartNote
-from helios.trainer._stop_request import StopRequest, hearing_of_workers, listening_to_signals
+from helios.trainer._stop_request import StopRequest, hearing_of_workers, listening_to_signals, signals_let_in
 from helios.trainer._trained import Trained
 from helios.trainer._training_state import TrainingState, TrainingUnit
 from helios.trainer.logging import get_root_logger
@@ -43,6 +43,7 @@ class FitRun:
         plugins: the trainer's plug-ins.
         stop_request: whether somebody asked the run to stop.
         owns_group: the group of processes was made for this run, and not by the user.
+        on_failure: is told the exception that ends this rank of several, as soon as it is seen.
 
     Raises:
         ValueError: `accept_on_resume` has a name that means nothing.
@@ -58,6 +59,7 @@ class FitRun:
         stop_request: StopRequest,
         *,
         owns_group: bool = False,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         settings.check_accepted(plugins)
         if settings.chkpt_root is not None or settings.dry_run is not None:
@@ -68,7 +70,9 @@ class FitRun:
         self._datamodule = datamodule
         self._plugins = plugins
         self._stop_request = stop_request
-        self._ranks = ranks_of(execution, stop_request, settings.dist_timeout_s, owns_group=owns_group)
+        self._ranks = ranks_of(
+            execution, stop_request, settings.dist_timeout_s, owns_group=owns_group, on_failure=on_failure
+        )
         self._is_stopped = False
         self._name = settings.run_name or model.save_name
         self._store: CheckpointStore | None = None
@@ -87,6 +91,8 @@ class FitRun:
             stack.callback(self._ranks.close)
             if self._settings.save_root is not None:  # else there is nothing to do before the process ends
                 stack.enter_context(listening_to_signals(self._stop_request.make))
+                if self._execution.is_spawned:
+                    stack.enter_context(signals_let_in())
             stack.enter_context(on_device(self._execution.device))
             trained = self._run()
             with explaining(self._ranks):

@@ -7,10 +7,12 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
@@ -19,13 +21,15 @@ import torch.distributed as dist
 
 from helios.trainer._execution import Execution
 from helios.trainer._rank_process import ByValue, Failure, GroupPlace, SpawnContext, revive, run_rank
-from helios.trainer._spawn_queue import ANSWER, BEGUN, FAILURE, ITEM, PipeReader, SpawnQueue
-from helios.trainer._stop_request import listening_to_signals
+from helios.trainer._spawn_queue import ANSWER, BEGUN, FAILING, FAILURE, ITEM, PipeReader, SpawnQueue
+from helios.trainer._stop_request import SIGNALS, listening_to_signals
 
 T = TypeVar("T")
 
 GRACE_S = 5.0
 """How long the others may take to end by themselves when one has failed."""
+UNWINDING_S = 30.0
+"""How long those may take that have said that they fail: they may be tearing down, or finishing a checkpoint."""
 _POLL_S = 0.1  # a process that is dead is not always heard of: its own children may hold its files open
 _STOP_WITHOUT_SIGNAL = -1
 
@@ -91,7 +95,7 @@ def launch(
         stack.callback(ranks.close)
         if listens:
             stack.enter_context(listening_to_signals(partial(request_stop, stop_flag), ranks.kill))
-        ranks.start(run, executions, GroupPlace(port, timeout_s), stop_flag)
+        ranks.start(run, executions, GroupPlace(port, timeout_s), stop_flag, listens=listens)
         ranks.wait()
         del store  # it was needed until now
         return pickle.loads(ranks.answer())  # type: ignore[no-any-return]  # noqa: S301  # from our own process
@@ -106,7 +110,8 @@ class _Ranks:
         self._readers: list[PipeReader] = []
         self._begun: set[int] = set()
         self._answers: dict[int, bytes] = {}
-        self._failures: list[Failure] = []
+        self._failures: dict[int, Failure] = {}
+        self._failing: set[int] = set()
         self._killed: set[int] = set()
 
     def start(
@@ -115,14 +120,17 @@ class _Ranks:
         executions: Sequence[Execution],
         place: GroupPlace,
         stop_flag: Any,
+        *,
+        listens: bool,
     ) -> None:
         context = multiprocessing.get_context("spawn")
+        resource_tracker.ensure_running()  # or it is started with the first process, and lets in what is held back
         for execution in executions:
             reader, writer = context.Pipe(duplex=False)
             self._readers.append(PipeReader(reader))
             arguments = (ByValue(run), execution, place, stop_flag, writer, os.getpid())
             process = context.Process(target=run_rank, args=arguments, name=f"rank {execution.rank}")
-            with writer, _interrupts_held_back():
+            with writer, _held_back(SIGNALS if listens else {signal.SIGINT}):
                 try:
                     process.start()
                 except BrokenPipeError as error:
@@ -131,35 +139,45 @@ class _Ranks:
 
     def wait(self) -> None:
         """Wait until all have ended, soon after one has failed."""
-        deadline_s: float | None = None
+        failed_s: float | None = None
         while alive := [process for process in self._processes if process.exitcode is None]:
             pipes = [reader.connection for reader in self._readers if not reader.is_closed]
             wait([*pipes, *(process.sentinel for process in alive)], timeout=_POLL_S)
             self._receive()
-            if deadline_s is None and self._has_failed():
-                deadline_s = time.monotonic() + GRACE_S
-            if deadline_s is not None and time.monotonic() > deadline_s:
-                self.kill()
+            if failed_s is None and self._has_failed():
+                failed_s = time.monotonic()
+            if failed_s is not None:
+                self._kill_those_who_stay(time.monotonic() - failed_s)
         self._receive()
 
     def answer(self) -> bytes:
         """Return the answer of rank 0; raises what prevented it."""
         self._raise_deaths()
         if self._failures:
-            error = _revived(min(self._failures, key=lambda failure: failure.time_s))
+            error = _revived(min(self._failures.values(), key=lambda failure: failure.time_s))
             for rank, process in enumerate(self._processes):
-                if (
-                    process.exitcode == -signal.SIGABRT and rank not in self._killed
-                ):  # perhaps not as a consequence
-                    error.add_note(f"Besides, {self._death(rank, process.pid, process.exitcode)}")
+                code = process.exitcode
+                assert code is not None
+                was_killed_by_others = code < 0 and rank not in self._killed
+                if was_killed_by_others:  # perhaps not as a consequence
+                    error.add_note(f"Besides, {self._death(rank, process.pid, code)}")
             raise error
         return self._answers[0]
 
     def kill(self) -> None:
-        for rank, process in enumerate(self._processes):
-            if process.exitcode is None:
-                self._killed.add(rank)
-                process.kill()
+        for rank in range(len(self._processes)):
+            self._kill(rank)
+
+    def _kill(self, rank: int) -> None:
+        if self._processes[rank].exitcode is None:
+            self._killed.add(rank)
+            self._processes[rank].kill()
+
+    def _kill_those_who_stay(self, elapsed_s: float) -> None:
+        """Kill who has not ended so long after a failure."""
+        for rank in range(len(self._processes)):
+            if elapsed_s > (UNWINDING_S if rank in self._failing else GRACE_S):
+                self._kill(rank)
 
     def close(self) -> None:
         """Leave nothing behind, whatever happened."""
@@ -179,8 +197,13 @@ class _Ranks:
                     self._queue.receive(content)
                 elif kind == ANSWER:
                     self._answers[rank] = content
+                elif kind == FAILING:
+                    self._failing.add(rank)
+                    self._failures[rank] = pickle.loads(content)  # noqa: S301  # from our own process
                 elif kind == FAILURE:
-                    self._failures.append(pickle.loads(content))  # noqa: S301  # from our own process
+                    failure: Failure = pickle.loads(content)  # noqa: S301
+                    first = self._failures.get(rank, failure)
+                    self._failures[rank] = replace(failure, time_s=first.time_s)
                 elif kind == BEGUN:
                     self._begun.add(rank)
 
@@ -192,26 +215,28 @@ class _Ranks:
 
     def _raise_deaths(self) -> None:
         """Raise an error if a process died of anything but an exception."""
-        failed = {failure.rank for failure in self._failures}
         for rank, process in enumerate(self._processes):
             code = process.exitcode
             assert code is not None
             # torch itself aborts a process when another one has failed.
-            is_consequence = bool(failed) and code == -signal.SIGABRT
-            if rank in self._killed or rank in failed or is_consequence:
+            is_consequence = bool(self._failures) and code == -signal.SIGABRT
+            if rank in self._killed or rank in self._failures or is_consequence:
                 continue
             if code != 0 or rank not in self._answers:
                 error = RuntimeError(self._death(rank, process.pid, code))
-                for failure in self._failures:
+                for failure in self._failures.values():
                     error.add_note(f"Besides, rank {failure.rank} raised:\n{failure.traceback}")
                 raise error
 
     def _death(self, rank: int, process_id: int | None, code: int) -> str:
         who = f"rank {rank} (process {process_id})"
+        after = " while it ended, after its work was done" if rank in self._answers else ""
         if code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             memory = "; out of memory?" if code == -signal.SIGKILL else ""
-            return f"{who} was killed by {name}{memory}"
+            return f"{who} was killed by {name}{after}{memory}"
+        if after:
+            return f"{who} ended with exit code {code}, not 0: something failed{after}"
         if rank not in self._begun:
             return _never_begun(rank, f"(process {process_id}) ended with exit code {code}")
         return f"{who} ended with exit code {code}, without an exception and before its work was done"
@@ -259,17 +284,17 @@ def _host_store(world_size: int) -> tuple[Any, int]:
 
 
 @contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Hold Ctrl-C back inside: a process that is being started would be forgotten.
+def _held_back(signals: Collection[signal.Signals]) -> Iterator[None]:
+    """Hold signals back inside, Ctrl-C at least: a process that is being started would be forgotten.
 
-    In that process it is held back until it says itself what to do with it.
+    In that process they are held back until it says itself what to do with them, and do not kill it before.
     """
     handler = signal.getsignal(signal.SIGINT)
     is_ours = callable(handler) and threading.current_thread() is threading.main_thread()
     received: list[int] = []
     if is_ours:  # another thread, of torch's, may get the signal although this one does not
         signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from helios.trainer._execution import Execution
-from helios.trainer._spawn_queue import ANSWER, BEGUN, FAILURE, PipeWriter, SpawnQueue
+from helios.trainer._spawn_queue import ANSWER, BEGUN, FAILING, FAILURE, PipeWriter, SpawnQueue
 from helios.trainer.distributed import default_backend, init_dist, shutdown_dist
 
 _PR_SET_PDEATHSIG = 1
@@ -32,10 +33,13 @@ class SpawnContext:
     Attributes:
         stop_flag: a shared int whose `value` is not 0 when the parent was asked to stop.
         queue: to put items into.
+        fails: tells the parent of an exception that will end the process, as soon as it is seen: to let go of what the
+            process has may take a while, in which others fail because of it.
     """
 
     stop_flag: Any
     queue: SpawnQueue
+    fails: Callable[[BaseException], None]
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,13 @@ class Failure:
 def _pickled(error: BaseException) -> bytes | None:
     """Pickle an exception.
 
-    If pickle cannot, or cannot put it together again, which needs an `__init__` that takes what `args` has, it is made
-    of its type, its args and its attributes, without those that cannot be pickled.
+    If pickle cannot, or cannot put the same together again, which needs an `__init__` that takes what `args` has, it is
+    made of its type, its args and its attributes, without those that cannot be pickled.
     """
     with suppress(Exception):
         content = pickle.dumps(error)
-        if type(pickle.loads(content)) is type(error):  # noqa: S301  # our own
+        copy = pickle.loads(content)  # noqa: S301  # our own
+        if type(copy) is type(error) and copy.args == error.args:
             return content
     attributes: dict[str, Any] = {}
     for name, value in vars(error).items():
@@ -207,15 +212,20 @@ def run_rank(
             torch.set_num_threads(max(1, num_usable_cores() // execution.local_world_size))
         run = work.open()
         _join_group(execution, place)
-        answer = run(execution, SpawnContext(stop_flag, SpawnQueue(writer)))
+        fails = partial(_tell, writer, FAILING, execution.rank)
+        answer = run(execution, SpawnContext(stop_flag, SpawnQueue(writer), fails))
         content = pickle.dumps(answer if execution.rank == 0 else None)
     except BaseException as error:
         # First of all: what comes after may be stuck with those who wait for this process.
-        writer.send(FAILURE, pickle.dumps(Failure.of(execution.rank, error)))
+        _tell(writer, FAILURE, execution.rank, error)
         shutdown_dist(has_failed=True)
         sys.exit(1)
     shutdown_dist()
     writer.send(ANSWER, content)
+
+
+def _tell(writer: PipeWriter, kind: bytes, rank: int, error: BaseException) -> None:
+    writer.send(kind, pickle.dumps(Failure.of(rank, error)))
 
 
 def num_usable_cores() -> int:

@@ -17,7 +17,7 @@ from helios.core.rng import derive_seed, seed_rngs
 from helios.trainer._execution import Execution
 from helios.trainer._stop_request import StopRequest
 from helios.trainer._watch import Watch
-from helios.trainer.distributed import shutdown_dist
+from helios.trainer.distributed import break_gloo, shutdown_dist
 
 T = TypeVar("T")
 # What gloo, NCCL and the store say when another process is gone.
@@ -84,14 +84,18 @@ class Ranks(Protocol):
     def wait_for_all(self) -> None:
         """Return when all ranks are here."""
 
-    def failed(self, what: str) -> str | None:
-        """Let the other ranks know that this one has failed, and return what the first that did has said.
+    def failed(self, error: BaseException) -> str | None:
+        """Let the other ranks, and a parent, know that an exception ends this one, unless they do already.
 
-        None if that is this one, or nobody can be asked.
+        Returns:
+            What ended the run, if that is something else; None if it is not, or was returned before.
         """
 
     def leave(self) -> None:
-        """Wait for no other rank any more, since the run has failed: what talks to them fails, or does nothing."""
+        """Wait for no other rank any more, since the run has failed, and let none wait for this one.
+
+        What talks to them fails, or does nothing, here and there; but not in a group of the user's own.
+        """
 
     def close(self) -> None:
         """Let go of what was taken; the run is over, well or not."""
@@ -132,7 +136,7 @@ class Alone:
     def wait_for_all(self) -> None:
         """See `Ranks`."""
 
-    def failed(self, what: str) -> str | None:
+    def failed(self, error: BaseException) -> str | None:
         """See `Ranks`."""
         return None
 
@@ -150,12 +154,19 @@ class Together:
         request: whether somebody asked this process to stop. Once the ranks agree, it is made in all of them.
         timeout_s: how long they wait for one another; None is torch's default.
         owns_group: the group was made for this run, and not by the user.
+        on_failure: is told the exception that ends this rank, as soon as it is seen.
     """
 
     def __init__(
-        self, request: StopRequest, timeout_s: float | None = None, *, owns_group: bool = False
+        self,
+        request: StopRequest,
+        timeout_s: float | None = None,
+        *,
+        owns_group: bool = False,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
-        self._owns_group = owns_group
+        self._owns_group, self._on_failure = owns_group, on_failure
+        self._has_failed = False
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if timeout_s is None:
             timeout_s = dist.distributed_c10d.default_pg_timeout.total_seconds()
@@ -222,14 +233,25 @@ class Together:
         """See `Ranks`."""
         dist.barrier(group=self._group)
 
-    def failed(self, what: str) -> str | None:
+    def failed(self, error: BaseException) -> str | None:
         """See `Ranks`."""
-        return self._watch.failed(what)
+        if self._has_failed:
+            return None
+        self._has_failed = True
+        self._on_failure(error)
+        first = self._watch.failed(f"{type(error).__name__}: {error}")
+        if first is not None:
+            return f"Before that, {first}"
+        if _is_of_the_bereaved(error):
+            return "No other rank said that it failed: one was killed, or hangs and has not come within dist_timeout_s"
+        return None
 
     def leave(self) -> None:
         """See `Ranks`."""
         if self._owns_group:
             shutdown_dist(has_failed=True)
+        else:
+            break_gloo(self._group)
 
     def close(self) -> None:
         """See `Ranks`."""
@@ -247,12 +269,18 @@ def _disagreement(question: str, yes: list[int], no: list[int]) -> DisagreementE
 
 
 def ranks_of(
-    execution: Execution, request: StopRequest, timeout_s: float | None, *, owns_group: bool = False
+    execution: Execution,
+    request: StopRequest,
+    timeout_s: float | None,
+    *,
+    owns_group: bool = False,
+    on_failure: Callable[[BaseException], None] = lambda error: None,
 ) -> Ranks:
     """Return this process among those of the run; see `Together`."""
     if not execution.is_distributed:
         return Alone(request)
-    return Together(request, timeout_s, owns_group=owns_group or execution.is_spawned)
+    owns_group = owns_group or execution.is_spawned
+    return Together(request, timeout_s, owns_group=owns_group, on_failure=on_failure)
 
 
 @contextmanager
@@ -261,14 +289,16 @@ def explaining(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # of SystemExit, too, the others want to know
-        first = ranks.failed(f"{type(error).__name__}: {error}")
-        if first is not None:
-            error.add_note(f"Before that, {first}")
-        elif ranks.world_size > 1 and any(word in str(error) for word in _WORDS_OF_THE_BEREAVED):
-            error.add_note(
-                "No other rank said that it failed: one was killed, or hangs and has not come within dist_timeout_s"
-            )
+        reason = ranks.failed(error)
+        if reason is not None:
+            error.add_note(reason)
         raise
+
+
+def _is_of_the_bereaved(error: BaseException) -> bool:
+    """Whether torch, or we, raised an exception because another process is gone."""
+    is_candidate = isinstance(error, dist.DistError) or type(error) is RuntimeError
+    return is_candidate and any(word in str(error) for word in _WORDS_OF_THE_BEREAVED)
 
 
 def check_same(ranks: Ranks, facts_of: Callable[[], dict[str, str]]) -> None:

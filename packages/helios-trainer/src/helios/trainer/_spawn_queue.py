@@ -142,5 +142,6 @@ class SpawnQueue:
             )
 
 
-BEGUN, ITEM, ANSWER, FAILURE = b"b", b"i", b"a", b"f"
-"""Kinds of messages: the process has begun, put an item into the queue, has done its work, has failed."""
+BEGUN, ITEM, ANSWER, FAILING, FAILURE = b"b", b"i", b"a", b"u", b"f"
+"""Kinds of messages: the process has begun, put an item into the queue, has done its work, is about to fail and lets go
+of what it has, has failed."""

@@ -120,6 +120,19 @@ def _children() -> _Children:
 
 
 @contextmanager
+def signals_let_in() -> Iterator[None]:
+    """Let in what a parent that listens held back when it started this process, and hold it back again afterwards.
+
+    A signal to all processes of a job then neither kills one that does not listen yet, nor one that does no more.
+    """
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def listening_to_signals(
     ask: Callable[[signal.Signals], None], give_up: Callable[[], None] = lambda: None
 ) -> Iterator[None]:

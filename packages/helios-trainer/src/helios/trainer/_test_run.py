@@ -1,7 +1,7 @@
 """One call of `test`."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ def run_test(
     trained: Trained | None,
     *,
     owns_group: bool = False,
+    on_failure: Callable[[BaseException], None] = lambda error: None,
 ) -> None:
     """Test a model on the test split.
 
@@ -54,11 +55,11 @@ def run_test(
         trained: what this trainer trained, if it is the model; otherwise the model is set up and, like the
             plug-ins, given its state from the last checkpoint of the run, if there is one.
         owns_group: the group of processes was made for this run, and not by the user.
+        on_failure: is told the exception that ends this rank of several, as soon as it is seen.
     """
     seed_rngs(settings.random_seed)
-    ranks = ranks_of(
-        execution, StopRequest(), settings.dist_timeout_s, owns_group=owns_group
-    )  # nobody can ask for a stop
+    nobody = StopRequest()  # can ask for a stop
+    ranks = ranks_of(execution, nobody, settings.dist_timeout_s, owns_group=owns_group, on_failure=on_failure)
     with ExitStack() as stack:
         stack.callback(ranks.close)
         stack.enter_context(on_device(execution.device))

@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from helios.core.rng import seed_rngs
@@ -143,16 +143,13 @@ class Trainer:
         self._configured: list[Plugin] = []
         # Shared with spawned processes: the signal that asked them to stop.
         self._stop_flag: Any = make_stop_flag() if self._spawns else None
+        self._fails_in_parent: Callable[[BaseException], None] | None = None  # in a spawned process
 
     def fit(self, model: Model, datamodule: DataModule) -> bool:
         """Train, going on from the last good checkpoint of the run if there is one.
 
         A run that has finished is not trained again: the model is only set up and given its final state. But
         if `total_steps` ended it and is larger now, it goes on.
-
-        Args:
-            model: what to train.
-            datamodule: what to train it on.
 
         While checkpoints are on, SIGTERM, SIGUSR1 and Ctrl-C stop it after the iteration in progress (after the
         validation in progress, if there is one), with a checkpoint; the next `fit` goes on there. A second signal does
@@ -162,6 +159,10 @@ class Trainer:
         given here are as before afterwards. What is to come back goes through `queue` or a checkpoint; `test` loads the
         last one. The script must be importable (what it does below `if __name__ == "__main__":`), and what is given
         here, and the plug-ins, can be pickled. `prepare_data` runs once, here, before.
+
+        Args:
+            model: what to train.
+            datamodule: what to train it on.
 
         Returns:
             True: the run has finished, now or before. False: it was asked to stop, and is to go on another time. What
@@ -179,7 +180,7 @@ class Trainer:
         if self.settings.total_steps == 0:
             raise ValueError("total_steps is 0, there is nothing to train: give the Trainer a total_steps")
         self._trained, self.stopped_by = None, None
-        self._stop_request.withdraw()
+        self._withdraw_stop()
         outcome = _call(lambda: self._fit(model, datamodule), "training", self.train_exceptions)
         self.stopped_by = outcome.stopped_by
         return outcome.is_finished
@@ -193,6 +194,11 @@ class Trainer:
         self._stop_request.make()
         if self._stop_flag is not None:
             request_stop(self._stop_flag)
+
+    def _withdraw_stop(self) -> None:
+        self._stop_request.withdraw()
+        if self._stop_flag is not None:
+            self._stop_flag.value = 0
 
     def test(self, model: Model, datamodule: DataModule) -> bool:
         """Test a model: as `fit` left it, or else set up and loaded from the last checkpoint of the run.
@@ -228,10 +234,15 @@ class Trainer:
             listens = (
                 self.settings.save_root is not None
             )  # else there is nothing to do before the processes end
-            return self._launch(_fit_rank, model, datamodule, listens=listens)
+            outcome = self._launch(_fit_rank, model, datamodule, listens=listens)
+            if (
+                outcome.stopped_by is None and self._stop_flag.value > 0
+            ):  # it came when no rank looked any more
+                outcome = replace(outcome, stopped_by=signal.Signals(self._stop_flag.value))
+            return outcome
         with self._in_group() as owns, rehearsing(self.settings) as settings:
             parts = (model, datamodule, self.plugins, self._stop_request)
-            run = FitRun(settings, self._execution, *parts, owns_group=owns)
+            run = FitRun(settings, self._execution, *parts, owns_group=owns, on_failure=self._tell_failure)
             self._trained = run.run()
         return _Outcome(self._trained.is_finished, self._stop_request.signal)
 
@@ -243,7 +254,7 @@ class Trainer:
         trained = self._trained if self._trained is not None and self._trained.model is model else None
         with self._in_group() as owns, rehearsing(self.settings) as settings:
             parts = (model, datamodule, self.plugins, trained)
-            run_test(settings, self._execution, *parts, owns_group=owns)
+            run_test(settings, self._execution, *parts, owns_group=owns, on_failure=self._tell_failure)
 
     def _launch(
         self,
@@ -256,7 +267,6 @@ class Trainer:
         """Run a function in the processes of the run, each with copies of this trainer, the model and the data."""
         refuse_while_importing()
         assert self.queue is not None
-        self._stop_flag.value = 0
         datamodule.prepare_data()
         return launch(
             functools.partial(run, self, model, datamodule),
@@ -272,6 +282,12 @@ class Trainer:
         self._executions = (execution,)
         self.rank, self.local_rank = execution.rank, execution.local_rank
         self.queue, self._stop_request.of_parent = context.queue, context.stop_flag
+        self._fails_in_parent = context.fails
+
+    def _tell_failure(self, error: BaseException) -> None:
+        """Tell the parent, if this process was spawned, that an exception will end it."""
+        if self._fails_in_parent is not None:
+            self._fails_in_parent(error)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what goes into a spawned process; it gets queue and flag of its own."""

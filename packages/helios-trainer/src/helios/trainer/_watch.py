@@ -50,13 +50,24 @@ class Watch:
         self._stop_place: int | None = None
         self._publishing = threading.Lock()
         self._is_published = False
-        self._closing = threading.Event()
+        self._is_closing = False
+        self._lost: dist.DistError | None = None  # what ended the thread, if it is the store
         self._thread = threading.Thread(target=self._listen, name="helios ranks", daemon=True)
         self._thread.start()
 
     def is_asked_to_stop(self) -> bool:
-        """Pass a place, and say whether all ranks stop there."""
+        """Pass a place, and say whether all ranks stop there.
+
+        Raises:
+            RuntimeError: the store is gone, and with it what the ranks agree by.
+        """
         self._place += 1
+        if self._lost is not None:
+            reason = str(self._lost).partition("\n")[0]  # without torch's stack
+            raise RuntimeError(
+                f"the store of the process group does not answer: {reason}. The process that kept it has ended, or "
+                "its machine cannot be reached"
+            ) from self._lost
         flag = self._request.of_parent
         if flag is not None and flag.value:
             self._request.hear(signal.Signals(flag.value) if flag.value > 0 else None)
@@ -91,8 +102,8 @@ class Watch:
 
     def close(self) -> None:
         """End the thread."""
-        if not self._closing.is_set():
-            self._closing.set()  # a vote that this rank will not take part in is not waited for
+        if not self._is_closing:
+            self._is_closing = True
             try:
                 self._send(self._rank, "close")
             except dist.DistError:
@@ -145,37 +156,46 @@ class Watch:
         return True
 
     def _listen(self) -> None:
-        number = 0
         try:
-            while True:
-                number += 1
-                key = f"letter/{self._rank}/{number}"
+            self._read_letters()
+        except dist.DistError as error:
+            self._lost = error  # for the main thread, at its next place
+
+    def _read_letters(self) -> None:
+        number, signed_s = 1, 0.0
+        votes: list[int] = []  # that wait for the main thread; letters do not wait for them
+        while True:
+            key = f"letter/{self._rank}/{number}"
+            if votes:
+                time.sleep(_LOOK_AGAIN_S)
+            else:
                 self._of_thread.wait([key], _NEVER)
+                signed_s = time.monotonic()
+            if self._of_thread.check([key]):
+                number += 1
                 subject, _, value = self._of_thread.get(key).decode().partition(" ")
                 if subject == "close":
                     return
                 if subject == "stop":
                     self._hear_of_stop(int(value))
                 else:
-                    self._say_no_if_so(int(value))
-        except dist.DistError:
-            return  # the store is gone; whoever needs the other ranks notices
+                    votes.append(int(value))
+            votes = [vote for vote in votes if not self._is_answered(vote)]
+            if votes and time.monotonic() - signed_s > _SIGN_S:
+                signed_s = time.monotonic()
+                self._of_thread.add(f"signs/{self._rank}", 1)
 
     def _hear_of_stop(self, code: int) -> None:
         self._request.hear(signal.Signals(code) if code else None)
         self._is_woken = True  # before the place is read, see above
         self._publish(self._of_thread)
 
-    def _say_no_if_so(self, number: int) -> None:
-        """Say no to a vote for the main thread if that has, and has gone on; wait for it if it is not there yet."""
-        key = f"vote/{number}/{self._rank}"
-        said_s = time.monotonic()
-        while not self._closing.wait(_LOOK_AGAIN_S):
-            if self._of_thread.check([key]):
-                return
-            if self._last_no >= number:
-                self._of_thread.set(key, "no")
-                return
-            if time.monotonic() - said_s > _SIGN_S:
-                said_s = time.monotonic()
-                self._of_thread.add(f"signs/{self._rank}", 1)
+    def _is_answered(self, vote: int) -> bool:
+        """Whether this rank has answered a vote. If the main thread has said no, and has gone on, say it for it."""
+        key = f"vote/{vote}/{self._rank}"
+        if self._of_thread.check([key]):
+            return True
+        if self._last_no < vote:
+            return False
+        self._of_thread.set(key, "no")
+        return True

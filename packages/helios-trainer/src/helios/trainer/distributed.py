@@ -39,6 +39,7 @@ __all__ = [
 
 # What is gathered at once to be reduced, from each rank: bounds the memory, and is more than metrics ever need.
 _PIECE_BYTES = 1 << 24
+_TAG_OF_NOTHING = 0x68656C69  # nobody sends with it
 
 
 @dataclass(frozen=True)
@@ -144,16 +145,33 @@ def shutdown_dist(*, has_failed: bool = False) -> None:
     """Leave the group of processes. Without a group it does nothing.
 
     Args:
-        has_failed: this process or another one has failed, so nobody is waited for.
+        has_failed: this process or another one has failed, so nobody is waited for, and who waits for this one raises
+            at once, instead of when the process ends.
     """
     if not is_dist_active():
         return
+    if has_failed:
+        for group in list(dist.distributed_c10d._world.pg_map):
+            break_gloo(group)
     if has_failed and "nccl" in dist.get_backend_config():
         # Else it waits for what others will never send. That is not worth an error: there is one already.
         with suppress(Exception):
             dist.distributed_c10d._abort_process_group()
     if is_dist_active():
         dist.destroy_process_group()
+
+
+def break_gloo(group: Any) -> None:
+    """Close a group's connections between CPUs, so that others raise who wait for this process, or will.
+
+    Gloo closes them when the group is destroyed, which it is not as long as a DistributedDataParallel or a traceback
+    has it, and its abort does not. But it closes all of them when something is not received in time.
+    """
+    if group.size() == 1 or "gloo" not in dist.get_backend_config(group):
+        return
+    with suppress(RuntimeError):  # that nothing came, or that they are closed already
+        anyone = (group.rank() + 1) % group.size()
+        group.recv([torch.empty(1, device="cpu")], anyone, _TAG_OF_NOTHING).wait(timedelta(milliseconds=1))
 
 
 def is_dist_active() -> bool:

@@ -128,15 +128,17 @@ class RunLoggers:
         """Take the places to write to, and write to the log file, if there is to be one.
 
         Raises:
-            OSError: it cannot be written. It names the argument.
+            OSError: it cannot be written, by rank 0; the others do without. It names the argument.
         """
         self.targets = targets
-        if targets.log_file is not None:
+        if targets.log_file is not None and self._rank == 0:
             file = _open_log_file(targets.log_file)
-            self._add(file, level=logging.NOTSET if self._rank == 0 else logging.ERROR)
-            if self._rank == 0:
-                self._early.setTarget(file)
-                self._early.flush()
+            self._add(file)
+            self._early.setTarget(file)
+            self._early.flush()
+        elif targets.log_file is not None:
+            with contextlib.suppress(OSError):  # on another machine, which may have no such folder
+                self._add(_open_log_file(targets.log_file), level=logging.ERROR)
         self._remove(self._early)
 
     def open_writer(self, event_sizes: Mapping[str, int] | None) -> None:
