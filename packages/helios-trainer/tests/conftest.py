@@ -71,31 +71,20 @@ class Scripts:
         """Run several at once, each given with its arguments and variables, and return a CompletedProcess for each."""
         requests = []
         for number, (script, arguments, env) in enumerate(scripts):
-            is_path = isinstance(script, Path)
-            code, name = (script.read_text(), str(script)) if is_path else (script, "<string>")
-            files = {name: str(folder / f"{name}.{number}") for name in ("stdout", "stderr")}
-            arguments = [*map(str, arguments)]
-            requests.append(
-                {
-                    "code": code,
-                    "name": name,
-                    "arguments": arguments,
-                    "folder": str(folder),
-                    "env": env,
-                    **files,
-                }
+            code, name = (
+                (script.read_text(), str(script)) if isinstance(script, Path) else (script, "<string>")
             )
-            for path in files.values():
-                Path(path).unlink(missing_ok=True)
+            request = {"code": code, "name": name, "arguments": [*map(str, arguments)], "env": env}
+            files = {name: str(folder / f"{name}.{number}") for name in ("stdout", "stderr")}
+            requests.append({**request, **files, "folder": str(folder)})
         self._server.stdin.write(json.dumps(requests) + "\n")
         self._server.stdin.flush()
         statuses = json.loads(self._server.stdout.readline())
-        return [
-            subprocess.CompletedProcess(
-                r["arguments"], status, Path(r["stdout"]).read_text(), Path(r["stderr"]).read_text()
-            )
-            for r, status in zip(requests, statuses, strict=True)
-        ]
+        done = []
+        for request, status in zip(requests, statuses, strict=True):
+            outputs = [Path(request[name]).read_text() for name in ("stdout", "stderr")]
+            done.append(subprocess.CompletedProcess(request["name"], status, *outputs))
+        return done
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,10 @@ from torch import nn
 import helios.trainer._watch as watch
 from helios.trainer import Model, Plugin, Strategy, _resumption
 from helios.trainer._digest import digest
+from helios.trainer._modules import buffers_of, named_parameters
 from helios.trainer._rank_process import Failure, revive
-from helios.trainer.distributed import safe_barrier
+from helios.trainer._rank_state import _on_cpu
+from helios.trainer.distributed import all_reduce_tensors, safe_barrier
 
 NAME, FOLDER = sys.argv[1], Path(sys.argv[2])
 
@@ -286,6 +288,258 @@ def own_states_lost():
     """The control: rank 0's states for all."""
     _resumption.overlaid = lambda state, parts: dict(state)
     return own_states()
+
+
+class Averaging(Plugin):
+    """Keeps a mean of the weights, of which each rank has a part."""
+
+    def __init__(self):
+        super().__init__("averaging")
+        self.means = {}
+
+    def configure_model(self, model):
+        self.model = model
+
+    def observe_training_step(self, state):
+        for name, parameter in self.model.net.named_parameters():
+            mean = self.means.get(name, parameter.detach())
+            self.means[name] = 0.5 * mean + 0.5 * parameter.detach()
+
+    def state_dict(self):
+        return {"means": self.means}
+
+    def load_state_dict(self, state):
+        self.means = dict(state["means"])
+
+
+def sharded_plugin():
+    def run(name, stop):
+        def at(place, model):
+            if place == "train" and stop:
+                model.trainer.request_stop()
+
+        plugin = Averaging()
+        outcome = fit(Line(at), plugin=plugin, run_name=name, strategy=Strategy.FSDP)
+        return outcome, digest(plugin.means)
+
+    _, whole = run("whole", False)
+    stopped, _ = run("stopped", True)
+    finished, resumed = run("stopped", False)
+    return [stopped, finished, whole == resumed]
+
+
+class OnFirstOnly(Line):
+    def state_dict(self):
+        return {} if self.rank > 0 else super().state_dict()
+
+
+def sharded_on_first_only():
+    return fit(OnFirstOnly(), strategy=Strategy.FSDP)
+
+
+def restarted(make, *stops, strategy=Strategy.DDP):
+    """What each rank has at the end of a run, and of runs that were stopped after so many batches; the first file."""
+    outcomes = []
+    for stop in (None, *stops):
+        for stop_here in {stop: True, None: False}:
+            seen = []
+
+            def at(place, model, stop_here=stop_here, seen=seen):
+                seen.append(place)
+                if len(seen) == stop_here:
+                    model.trainer.request_stop()
+
+            model = make(at)
+            outcome = fit(model, kit.Data(train=4), run_name=f"run{stop}", strategy=strategy)
+            assert outcome is (stop_here is None), outcome
+        gradients = {name: p.grad for name, p in named_parameters(model)}
+        outcomes.append(digest([model.state_dict(), gradients, buffers_of(model), list(model.order.items())]))
+    sizes = [path.stat().st_size for path in (FOLDER / "checkpoints").glob(f"run{stops[0]}_*.pth")]
+    return [*outcomes, min(sizes, default=0)]
+
+
+class Restarted(Line):
+    """Has in its state what `others` returns, besides."""
+
+    def __init__(self, at):
+        super().__init__(at)
+        self.order = {}
+
+    def parts(self):
+        return {"net": self.net, "optimizer": self.optimizer}
+
+    def others(self):
+        return {}
+
+    def state_dict(self):
+        return self.save_all(**self.parts(), **self.others())
+
+    def load_state_dict(self, state, fast_init=False):
+        self.take(self.load_all(state, **self.parts()))
+
+    def take(self, values):
+        pass
+
+    def train_step(self, batch, state):
+        self.step(batch[0], state.global_iteration)
+        self.at("train", self)
+
+    def step(self, x, number):
+        self.optimizer.zero_grad()
+        self.net(x).square().mean().backward()
+        self.optimizer.step()
+
+
+class AveragesWeights(Restarted):
+    """Each rank trains for itself; then weights are averaged, and Adam has moments that differ."""
+
+    def step(self, x, number):
+        with self.exchange_gradients(self.net, when=False):
+            super().step(x, number)
+        if number % 2 == 0:
+            with torch.no_grad():
+                for parameter in self.net.parameters():
+                    parameter.copy_(all_reduce_tensors(parameter) / 2)
+
+
+def averages_weights():
+    return restarted(AveragesWeights, 2)
+
+
+class SkipsBackward(Restarted):
+    """The second of three batches is left out, after a forward pass: gradients of the first wait."""
+
+    def step(self, x, number):
+        with self.exchange_gradients(self.net, when=number % 3 != 1):
+            loss = self.net(x).square().mean()
+            if number % 3 != 2:
+                loss.backward()
+        if number % 3 == 0:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def skips_backward():
+    return restarted(SkipsBackward, 2)
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads, self.which = nn.ModuleList([nn.Linear(4, 1), nn.Linear(4, 1)]), 0
+
+    def forward(self, x):
+        return self.heads[self.which](x)
+
+
+class TakesTurns(Restarted):
+    """A part of the network is used only in the batches that exchange nothing."""
+
+    def setup(self, fast_init=False):
+        self.net = self.distribute(Heads(), find_unused_parameters=True)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+    def step(self, x, number):
+        is_step = number % 2 == 0
+        self.net.module.which = int(is_step)
+        with self.exchange_gradients(self.net, when=is_step):
+            self.net(x).square().mean().backward()
+        if is_step:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def takes_turns():
+    return restarted(TakesTurns, 1)
+
+
+class Versioned(nn.Linear):
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *others):
+        if metadata.get("version") is None:
+            raise ValueError("a state without versions")
+        super()._load_from_state_dict(state, prefix, metadata, *others)
+
+
+class InLists(Restarted):
+    """Networks in a list, one of which each rank has for itself; with batch norms, a version, and a buffer for a while.
+
+    Also values in an order that differs between ranks.
+    """
+
+    def setup(self, fast_init=False):
+        distributed = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        self.net = [self.distribute(distributed), nn.Sequential(Versioned(4, 4), nn.BatchNorm1d(4))]
+        self.optimizer = [torch.optim.Adam(net.parameters(), lr=0.05) for net in self.net]
+        self.order = {0: 0, 1: 0}
+
+    def others(self):
+        return {"order": self.order}
+
+    def take(self, values):
+        self.order = dict(values["order"])
+
+    def step(self, x, number):
+        for net, optimizer in zip(self.net, self.optimizer, strict=True):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+        self.order[self.rank] = self.order.pop(self.rank)
+        self.net[1].register_buffer("cache", torch.ones(1 + self.rank), persistent=False)
+
+
+def in_lists():
+    return restarted(InLists, 2)
+
+
+def in_lists_fsdp():
+    return restarted(InLists, 2, strategy=Strategy.FSDP)
+
+
+class Large(Restarted):
+    """Only rank 0 has a copy of the weights; rank 1 has a number of its own."""
+
+    def __init__(self, at):
+        super().__init__(at)
+        self.make = lambda: nn.Linear(4, 10_000)
+
+    def others(self):
+        return {"number": self.rank, **({} if self.rank else {"copy": self.net.module.weight.clone()})}
+
+
+def large():
+    return restarted(Large, 2)
+
+
+class OwnBest(Restarted):
+    """Each rank has weights of another network as its best."""
+
+    def setup(self, fast_init=False):
+        self.net = [self.distribute(nn.Linear(4, 1)) for _ in range(2)]
+        self.optimizer = torch.optim.Adam([p for net in self.net for p in net.parameters()])
+        self.best = self.net[self.rank].module.weight
+
+    def others(self):
+        return {"best": self.best}
+
+    def take(self, values):
+        assert torch.equal(values["best"], self.best)
+
+    def step(self, x, number):
+        self.optimizer.zero_grad()
+        sum(net(x).square().mean() for net in self.net).backward()
+        self.optimizer.step()
+
+
+def own_best():
+    return restarted(OwnBest, 2)
+
+
+def bytes_of_views():
+    """How much is sent of gradients that are views of one long tensor, as with gradient_as_bucket_view."""
+    row = torch.zeros(100, 1000)
+    return len(pickle.dumps(_on_cpu({"gradients": list(row.unbind())})))
 
 
 class Waiting(kit.Data):

@@ -34,7 +34,7 @@ def fork(request: dict[str, Any]) -> int:
     os.chdir(request["folder"])
     os.environ |= request["env"]
     for number, name in ((1, "stdout"), (2, "stderr")):
-        file = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        file = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -211,3 +211,20 @@ def test_a_model_that_saves_nothing_is_warned_of(kit, tmp_path, capsys):
     assert capsys.readouterr().out.count("Net.state_dict() is empty, though the model has networks") == 1
     fit(kit, tmp_path / "control")
     assert "is empty" not in capsys.readouterr().out
+
+
+def test_versions_of_modules_come_back(kit, tmp_path):
+    """torch keeps them in an attribute of what state_dict of a network returns; modules decide by them what is old."""
+    found = []
+
+    class Bare(kit.Net):
+        def state_dict(self):
+            return self.net.state_dict()
+
+        def load_state_dict(self, state, fast_init=False):
+            found.append(state._metadata)
+
+    for steps in (1, 2):
+        model = Bare()
+        assert kit.trainer(total_steps=steps, chkpt_root=tmp_path, chkpt_frequency=1).fit(model, kit.Data())
+    assert found == [model.net.state_dict()._metadata]

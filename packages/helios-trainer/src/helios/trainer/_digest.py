@@ -1,10 +1,9 @@
 """Digests of anything that a batch or an optimizer holds, the same in every process and on every machine.
 
-BLAKE2b of 8 bytes over the kind of each value, its size and its content: of a tensor its dtype, its shape and its
-bytes in row-major order (as a little-endian machine has them), wherever the tensor is, and of one that is in parts on
-several ranks the part of this rank; of numbers their `repr`; of
-lists and tuples their items in order, of mappings and sets in the order of the digests of keys and items; of other
-objects what pickle would take of them.
+BLAKE2b of 8 bytes over the kind of each value, its size and its content: of a tensor its dtype, its shape and its bytes
+in row-major order (as a little-endian machine has them), wherever the tensor is; of numbers their `repr`; of lists and
+tuples their items in order, of mappings and sets in the order of the digests of keys and items; of other objects what
+pickle would take of them. Only of a tensor of which each rank has a part, it is another one on each: of that part.
 """
 
 import hashlib

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from helios.core.rng import preserve_rng_state
-from helios.data import DataModule, ResumableDataLoader
+from helios.data import DataModule, ResumableDataLoader, Tail
 from helios.trainer._execution import Execution
 from helios.trainer._hooks import length_of
 from helios.trainer._modules import named_networks
@@ -65,11 +65,14 @@ def check_shares(loader: ResumableDataLoader, ranks: Ranks) -> None:
             f"{sharding.num_replicas} rank(s), and the run has {ranks.world_size}: each would train on the same. Use a "
             "ResumableDistributedSampler, or no sampler of your own"
         )
+    # What comes out even from the beginning need not do so from where another number of ranks has stopped.
+    is_exact = sharding is not None and sharding.tail is Tail.EXACT
     lengths = ranks.all_gather(length_of(loader))
-    if len(set(lengths)) > 1:
+    if is_exact or len(set(lengths)) > 1:
         raise ValueError(
-            f"the training loader has {_by_rank(lengths)} batches: ranks train in step, so it must have as many on "
-            "each. Use tail='pad' or 'drop', which tail=None means; 'exact' is for evaluation"
+            f"the training loader has {'tail=exact, and ' if is_exact else ''}{_by_rank(lengths)} batches: ranks train "
+            "in step, so it must have as many on each. Use tail='pad' or 'drop', which tail=None means; 'exact' is for "
+            "evaluation"
         )
 
 

@@ -199,8 +199,19 @@ def buffers_of(owner: object) -> dict[str, torch.Tensor]:
     }
 
 
+def lasting_buffers_of(owner: object) -> dict[str, torch.Tensor]:
+    """Return the buffers that are part of a network's state, by name."""
+    passing = {
+        id(module._buffers[name])
+        for _, network in named_networks(owner)
+        for module in network.modules()
+        for name in module._non_persistent_buffers_set
+    }
+    return {name: buffer for name, buffer in buffers_of(owner).items() if id(buffer) not in passing}
+
+
 def restore_buffers(owner: object, buffers: Mapping[str, torch.Tensor]) -> None:
-    """Give buffers the values that `buffers_of` found.
+    """Give buffers the values that `lasting_buffers_of` found.
 
     Raises:
         ValueError: one that had a value does not exist.
@@ -210,7 +221,10 @@ def restore_buffers(owner: object, buffers: Mapping[str, torch.Tensor]) -> None:
         for name, value in buffers.items():
             if name not in own:
                 raise ValueError(f"the checkpoint has a buffer {name}, which the model lacks after its setup")
-            own[name].copy_(value)
+            if own[name].shape == value.shape:
+                own[name].copy_(value)
+            else:  # it grows, and has the size that it had on rank 0
+                own[name].data = value.to(own[name].device)
 
 
 def optimizers_of(owner: object) -> Iterator[tuple[str, Optimizer]]:

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from helios.trainer._model import Model
     from helios.trainer._trainer import Trainer
 
-RESERVED_KEYS = frozenset({"training_state", "model", "rng", "version", "log_path", "run_path", "data"})
+RESERVED_KEYS = frozenset(
+    {"training_state", "model", "rng", "version", "sharded", "log_path", "run_path", "data"}
+)
 
 
 @dataclass

@@ -1,11 +1,13 @@
 """What each rank has of its own: its generators, and what hooks, buffers or a model's state make differ from rank 0.
 
-Weights of networks that `Model.distribute` gave are the same on all ranks, or shards of the same, and so is what
-optimizers have for them. A sum shows that of the weights, since to digest all of it would take as long as to save it.
+Tensors in shards are the same on all ranks in that sense. The rest is compared by digests; weights of copies that
+`Model.distribute` gave, their gradients and what optimizers have for them by fingerprints, since to digest all of them
+would take as long as to save them.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -13,15 +15,31 @@ from torch.utils._pytree import tree_map_only
 from helios.trainer._digest import digest
 from helios.trainer._layout import has_parts, is_dtensor
 from helios.trainer._model import Model
-from helios.trainer._modules import buffers_of, named_parameters, optimizers_of
+from helios.trainer._modules import lasting_buffers_of, named_parameters, optimizers_of
 from helios.trainer._ranks import Ranks
-from helios.trainer._replicas import replicas_of, unsynchronised
+from helios.trainer._replicas import replicas_of
 
-_SAME = ""
-"""Stands for the digest of what is the same on all ranks."""
-_IN_PARTS = ("model", "gradients")
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
-_Digests = str | dict[Any, "_Digests"]
+_SHARD = ""
+"""Stands for the digest of a tensor of which each rank has a part."""
+_BLOCK_BYTES = 8192
+_IN_PARTS = ("model", "plugins", "gradients", "buffers")
+_INNER = (Mapping, list, tuple)
+
+
+class _Inner(NamedTuple):
+    """Digests of what is in a container that holds tensors or other containers.
+
+    Attributes:
+        kind: its type.
+        items: by key or index, in its order.
+    """
+
+    kind: str
+    items: "dict[Any, str | _Inner]"
+
+
+_Path = tuple[Any, ...]
+_Place = tuple[Any, ...]
 
 
 def states_of_ranks(
@@ -33,132 +51,194 @@ def states_of_ranks(
         ranks: the ranks, all of which call this.
         model: the user's model.
         generators: state of this rank's generators.
-        own: what else this rank has, by name; `model` is what its `state_dict` returned.
+        own: what else this rank has, by name; `model` is what its `state_dict` returned, and `plugins` has those of
+            plug-ins.
 
     Returns:
-        A dict for each rank but the first, with `rng` and what differs of `own`, of buffers and of gradients; of model
-        and gradients only the parts that do, as `overlaid` takes them.
+        A dict for each rank but the first, with `rng` and what differs of `own`, of buffers and of gradients; of model,
+        plug-ins, gradients and buffers only what does, as `overlaid` takes it.
 
     Raises:
-        ValueError: what differs has a tensor of which each rank has a part.
+        ValueError: on all ranks, if what differs on one has a tensor of which each rank has a part.
     """
     if ranks.world_size == 1:
         return []
-    own = {**own, "gradients": _gradients(model), "buffers": buffers_of(model)}
-    digests, of_first = _compared(ranks, model, own)
+    # None, too: so all ranks have the same names.
+    gradients = {name: p.grad for name, p in named_parameters(model)}
+    own = {**own, "gradients": gradients, "buffers": lasting_buffers_of(model)}
+    known = _fingerprints(model)
+    digests = {
+        key: _digests_in(value, {} if key == "buffers" else known) if key in _IN_PARTS else digest(value)
+        for key, value in own.items()
+    }
+    of_first = ranks.on_first(lambda: digests)
     differing: dict[str, Any] = {}
     for key, value in own.items():
-        if digests[key] != of_first[key]:
-            parts = list(_parts_that_differ(value, digests[key], of_first[key]))
-            differing[key] = parts if key in _IN_PARTS else value
-    return ranks.gather({"rng": dict(generators), **_on_cpu(differing)})[1:]  # those of generators are on the CPU
+        if key not in _IN_PARTS:
+            if digests[key] != of_first[key]:
+                differing[key] = value
+        elif changes := list(_changes(value, digests[key], of_first[key])):
+            differing[key] = changes
+    _refuse_other_shards(ranks, own, digests, of_first)
+    # Generators are on the CPU, and have thousands of numbers to look through.
+    return ranks.gather({"rng": dict(generators), **_on_cpu(differing)})[1:]
 
 
-def _gradients(model: Model) -> dict[str, torch.Tensor | None]:
-    """Return the gradient of every parameter, or None, so that all ranks have the same names."""
-    return {name: p.grad for name, p in named_parameters(model) if not is_dtensor(p)}
-
-
-def overlaid(state: Mapping[Any, Any], parts: Sequence[tuple[Sequence[Any], Any]]) -> dict[Any, Any]:
+def overlaid(state: Mapping[Any, Any], changes: Sequence[Mapping[str, Any]]) -> dict[Any, Any]:
     """Return what rank 0 had of something, with what another rank had of its own in it.
 
     Args:
         state: of rank 0.
-        parts: of the other rank, in the form of `_parts_that_differ`.
+        changes: of the other rank, in the form of `_changes`.
     """
-    merged: dict[Any, Any] = dict(state)
-    for path, value in parts:
-        if not path:
-            return dict(value)
-        *above, last = path
-        inner = merged
-        for key in above:
-            inner[key] = dict(inner[key])
-            inner = inner[key]
-        inner[last] = value
-    return merged
+    by_path = {tuple(change["path"]): change for change in changes}
+    within: dict[_Path, dict[Any, None]] = {}  # keys in which something changes
+    for path in by_path:
+        for depth in range(len(path)):
+            within.setdefault(path[:depth], {})[path[depth]] = None
+
+    def merged(value: Any, path: _Path) -> Any:
+        change = by_path.get(path, {})
+        if "value" in change:
+            return change["value"]
+        if not change and path not in within:
+            return value
+        if not isinstance(value, Mapping):
+            return type(value)([merged(item, (*path, index)) for index, item in enumerate(value)])
+        result: Any = copy.copy(value)  # with its attributes: a network's state has versions in them
+        result.clear()
+        for key in change.get("keys", {**value, **within.get(path, {})}):
+            result[key] = merged(value.get(key), (*path, key))
+        return result
+
+    result: dict[Any, Any] = merged(state, ())
+    return result
 
 
-def _compared(
-    ranks: Ranks, model: Model, own: Mapping[str, Any]
-) -> tuple[dict[str, _Digests], dict[str, _Digests]]:
-    """Return digests of all that may differ, of this rank and of rank 0."""
-    sums = [_sum_of_bits(p) for _, replica in replicas_of(model) for p in replica.parameters()]
-    digests = _digests(own, _known(model))
-    everyone = ranks.all_gather((sums, digests))
-    if any(each[0] != sums for each in everyone):  # copies that the user lets differ for a while
-        digests = _digests(own, frozenset())
-        return digests, ranks.all_gather(digests)[0]
-    return digests, everyone[0][1]
+def _fingerprints(model: Model) -> dict[_Place, str]:
+    """Return what stands for digests of the large tensors of a model, by where they are.
+
+    Of buffers it is their name: they are compared by themselves.
+    """
+    found = {_place(tensor): _fingerprint(tensor) for tensor in _of_replicas(model)}
+    found |= {_place(buffer): f"buffer {name}" for name, buffer in lasting_buffers_of(model).items()}
+    return {place: text for place, text in found.items() if place}
 
 
-def _digests(own: Mapping[str, Any], known: frozenset[int]) -> dict[str, _Digests]:
-    return {
-        key: _digests_in(value, known) if key in _IN_PARTS else digest(value) for key, value in own.items()
-    }
+def _of_replicas(model: Model) -> Iterator[torch.Tensor]:
+    """Yield weights of copies, and what hangs on them."""
+    optimizers = [optimizer for _, optimizer in optimizers_of(model)]
+    for _, replica in replicas_of(model):
+        for parameter in replica.parameters():
+            held = [value for each in optimizers for value in each.state.get(parameter, {}).values()]
+            for value in (parameter, parameter.grad, *held):
+                if isinstance(value, torch.Tensor):
+                    yield value
 
 
-def _digests_in(state: Any, known: frozenset[int]) -> _Digests:
-    if isinstance(state, Mapping):
-        return {key: _digests_in(value, known) for key, value in state.items()}
-    is_same = has_parts(state) or (isinstance(state, torch.Tensor) and _address(state) in known)
-    return _SAME if is_same else digest(state)
+def _place(tensor: torch.Tensor) -> _Place:
+    """Return what two tensors have alike only if they have the same bits; nothing of one without memory of its own."""
+    if tensor.layout is not torch.strided or is_dtensor(tensor) or tensor.data_ptr() == 0:
+        return ()
+    return (tensor.data_ptr(), str(tensor.device), tensor.dtype, tensor.shape, tensor.stride())
 
 
-def _known(model: Model) -> frozenset[int]:
-    """Return the addresses of tensors that are the same on all ranks, and of buffers, which are not the state's."""
-    late = unsynchronised(model)
-    parameters = [p for _, replica in replicas_of(model) for p in replica.parameters()]
-    same: list[Any] = [*parameters, *buffers_of(model).values()]
-    same += [p.grad for name, replica in replicas_of(model) if name not in late for p in replica.parameters()]
-    for _, optimizer in optimizers_of(model):
-        for parameter in parameters:
-            same += optimizer.state.get(parameter, {}).values()
-    return frozenset(_address(value) for value in same if isinstance(value, torch.Tensor)) - {0}
+def _fingerprint(tensor: torch.Tensor) -> str:
+    """Return what is the same if the bits are, and hardly ever otherwise; faster than a digest.
+
+    Of a large tensor its rows and columns are summed up, as if it had 1024 of these.
+    """
+    if tensor.layout is not torch.strided or is_dtensor(tensor):
+        return ""
+    plain = tensor.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
+    words = plain[: plain.numel() // _BLOCK_BYTES * _BLOCK_BYTES]
+    if words.storage_offset() % 8:
+        words = words.clone()
+    block = words.view(torch.int64).view(-1, _BLOCK_BYTES // 8)
+    return digest(
+        [str(tensor.dtype), tuple(tensor.shape), plain[words.numel() :], block.sum(0), block.sum(1)]
+    )
 
 
-def _address(tensor: torch.Tensor) -> int:
-    return tensor.data_ptr() if tensor.layout is torch.strided else 0
+def _digests_in(state: Any, known: Mapping[_Place, str]) -> "str | _Inner":
+    if isinstance(state, torch.Tensor):
+        return _SHARD if is_dtensor(state) else known.get(_place(state)) or digest(state)
+    if isinstance(state, _INNER):
+        pairs = list(state.items() if isinstance(state, Mapping) else enumerate(state))
+        if any(isinstance(value, (torch.Tensor, *_INNER)) for _, value in pairs):
+            return _Inner(type(state).__name__, {key: _digests_in(value, known) for key, value in pairs})
+        return digest([type(state).__name__, pairs])  # of a mapping in its order
+    return digest(state)
 
 
-def _sum_of_bits(parameter: torch.Tensor) -> int:
-    """Return a number that is the same if the bits are, and hardly ever otherwise; as fast as memory."""
-    flat = parameter.detach().reshape(-1)
-    return int(flat.view(_WORDS[flat.itemsize]).sum(dtype=torch.int64))
+def _changes(
+    own: Any, digests: "str | _Inner", of_first: "str | _Inner", path: _Path = ()
+) -> Iterator[dict[str, Any]]:
+    """Yield what differs from rank 0's: the `path` of keys that leads to it, and its `value`, or only its `keys`."""
+    if (
+        isinstance(digests, str)
+        or isinstance(of_first, str)
+        or digests.kind != of_first.kind
+        or (not isinstance(own, Mapping) and len(digests.items) != len(of_first.items))
+    ):
+        if digests != of_first:
+            yield {"path": list(path), "value": own}
+        return
+    if list(digests.items) != list(of_first.items):
+        yield {"path": list(path), "keys": list(digests.items)}
+    for key, each in digests.items.items():
+        yield from _changes(own[key], each, of_first.items.get(key, "none"), (*path, key))
 
 
-def _parts_that_differ(
-    own: Any, digests: _Digests, of_first: _Digests, path: tuple[Any, ...] = ()
-) -> Iterator[tuple[list[Any], Any]]:
-    """Yield what differs from rank 0's: the keys that lead to it, and the value; mappings with other keys are whole."""
-    if isinstance(digests, dict) and isinstance(of_first, dict) and digests.keys() == of_first.keys():
-        for key in digests:
-            yield from _parts_that_differ(own[key], digests[key], of_first[key], (*path, key))
-    elif digests != of_first:
-        if has_parts(own):
+def _refuse_other_shards(
+    ranks: Ranks, own: Mapping[str, Any], digests: Mapping[str, Any], of_first: Mapping[str, Any]
+) -> None:
+    """Refuse, on all ranks, that one has shards elsewhere than rank 0, or beside what is otherwise there."""
+    wrong: list[Any] = []
+    for key in _IN_PARTS:
+        wrong += sorted(_shards_in(digests[key]) ^ _shards_in(of_first[key]), key=str)
+        changes = _changes(own[key], digests[key], of_first[key])
+        wrong += [change["path"] for change in changes if "value" in change and has_parts(change["value"])]
+    for rank, paths in enumerate(ranks.all_gather(wrong[:1])):
+        if paths:
+            place = " > ".join(map(repr, paths[0]))
             raise ValueError(
-                f"state_dict of the model has other keys in {list(path)} than on rank 0, and tensors there of which "
-                "each rank has a part: let it have the same keys on all ranks"
+                f"rank {rank} has something else in {place} of a state_dict than rank 0, where tensors are of which "
+                "each rank has a part: let state_dict return the same keys and containers on all ranks"
             )
-        yield list(path), own
+
+
+def _shards_in(digests: "str | _Inner", path: _Path = ()) -> set[_Path]:
+    if isinstance(digests, str):
+        return {path} if digests == _SHARD else set()
+    return {shard for key, each in digests.items.items() for shard in _shards_in(each, (*path, key))}
 
 
 def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    moved: dict[str, Any] = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), state)
+    moved: dict[str, Any] = tree_map_only(torch.Tensor, _by_itself, state)
     return moved
 
 
-def average_of_ranks(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the mean over ranks of what each has under the names of the first; that is what all have together.
+def _by_itself(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on the CPU without the rest of its memory, all of which pickle would send with each."""
+    tensor = tensor.detach().cpu()
+    is_view = tensor.layout is torch.strided and tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.clone() if is_view else tensor
 
-    What is no number or tensor, or is not there on a rank, stays that of the first.
+
+def average_of_ranks(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean over ranks of what each has under the names of any; None, or no such name, counts as zero.
+
+    What is no number or tensor stays that of the first rank that has it.
     """
-    return {name: _mean([each.get(name) for each in values]) for name in values[0]}
+    names = dict.fromkeys(name for each in values for name in each)
+    return {name: _mean([each.get(name) for each in values]) for name in names}
 
 
 def _mean(values: list[Any]) -> Any:
     if len({id(value) for value in values}) == 1:  # also of one rank alone
         return values[0]
-    if not all(isinstance(v, int | float | torch.Tensor) and not isinstance(v, bool) for v in values):
-        return values[0]
-    return sum(values[1:], start=values[0]) / len(values)
+    found = [value for value in values if value is not None]
+    if not all(isinstance(v, int | float | torch.Tensor) and not isinstance(v, bool) for v in found):
+        return found[0]
+    return sum(found[1:], start=found[0]) / len(values)

@@ -60,11 +60,15 @@ def replicate(network: nn.Module, device: torch.device, options: dict[str, Any])
 def _settle_groups(replica: DistributedDataParallel, network: nn.Module) -> None:
     parameters = [p for p in network.parameters() if p.requires_grad]
     gradients = [p.grad for p in parameters]
+    _pass_zeros(replica, parameters)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+
+
+def _pass_zeros(replica: DistributedDataParallel, parameters: list[nn.Parameter]) -> None:
     with torch.enable_grad(), _standing_in(replica, _Views(parameters)):
         outputs = replica()
         torch.autograd.backward(list(outputs), [torch.zeros_like(output) for output in outputs])
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
 
 
 class _Views(nn.Module):
@@ -202,7 +206,26 @@ def restore_unsynchronised(owner: object, names: Iterable[str]) -> None:
     """Undo and redo what `unsynchronised` found."""
     found = set(names)
     for name, network in replicas_of(owner):
+        if name in found and network.find_unused_parameters:
+            _mark_used(network)
         network.require_forward_param_sync = name not in found
+
+
+def _mark_used(replica: DistributedDataParallel) -> None:
+    """Let a copy know that parameters had a part in batches that exchanged nothing: those with a gradient.
+
+    With `find_unused_parameters` it exchanges the gradients of those alone that some rank has used since the last time.
+    """
+    parameters = [p for p in replica.module.parameters() if p.requires_grad and p.grad is not None]
+    if not parameters:
+        return
+    gradients = [p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    with replica.no_sync():
+        _pass_zeros(replica, parameters)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
 
 
 def average(values: Mapping[str, float | torch.Tensor], device: torch.device) -> dict[str, Any]:

@@ -166,10 +166,11 @@ class Resumption:
             self._fetch_shards(model)
         own = self._of_rank()
         load_model(model, overlaid(self._checkpoint["model"], own.get("model", [])), self.path)
-        of_rank = own.get("plugins", {})
-        for plug_id, plugin in plugins.items():
-            if plug_id in self._checkpoint:  # `check_plugins` let no other pass unless it may begin anew
-                plugin.load_state_dict(of_rank.get(plug_id, self._checkpoint[plug_id]))
+        # `check_plugins` let no other pass unless it may begin anew.
+        there = {plug_id: self._checkpoint[plug_id] for plug_id in plugins if plug_id in self._checkpoint}
+        of_plugins = overlaid(there, own.get("plugins", []))
+        for plug_id in there:
+            plugins[plug_id].load_state_dict(of_plugins[plug_id])
 
     def _fetch_shards(self, model: Model) -> None:
         """Read the tensors of which each rank has a part, onto the meshes that the networks are on now."""
@@ -200,6 +201,8 @@ class Resumption:
 
     def say_what_differs(self, settings: TrainerSettings, loader: ResumableDataLoader) -> None:
         """Warn of what may differ, but makes the run end with other bits than it would have."""
+        if not self._ranks.is_first:  # whose values these are: each rank may have another batch size
+            return
         before = self._own.get("noted", {})  # which 0.1 did not write
         for name, now in noted(settings, loader).items():
             if name in before and before[name] != now:
@@ -244,12 +247,13 @@ class Resumption:
             self._world_size,
             self._ranks.world_size,
         )
-        if lost := sorted({key for other in self._others for key in other.keys() & {"model", "plugins"}}):
+        lost = {key for key in ("model", "plugins") for other in self._others if _has_any(other.get(key, []))}
+        if lost:
             get_root_logger().warning(
                 "the ranks that wrote %s had other states of %s than rank 0, which all go on with now: what they had "
                 "of their own is lost",
                 self.path,
-                " and ".join(lost),
+                " and ".join(sorted(lost)),
             )
 
     def _restore_own(self, model: Model, is_over: bool) -> None:
@@ -260,7 +264,7 @@ class Resumption:
         restore_tables(model, own["tables"])
         restore_gradients(model, own["gradients"], aliases)
         restore_frozen(model, modes, aliases)
-        restore_buffers(model, own.get("buffers", {}))
+        restore_buffers(model, _what_is_there(overlaid({}, own.get("buffers", []))))
         restore_unsynchronised(model, own.get("unsynchronised", []))
         if is_over or self.cut.point is not CutPoint.FINISHED:
             restore_training_modes(model, modes, aliases)
@@ -268,7 +272,7 @@ class Resumption:
     def _with(self, other: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a rank had: what rank 0 had, and what was other there."""
         gradients = overlaid(self._own["gradients"], other.get("gradients", []))
-        return {**self._own, **other, "gradients": gradients}
+        return {**self._own, **other, "gradients": _what_is_there(gradients)}
 
     def _shared_out(self, own: dict[str, Any]) -> dict[str, Any]:
         """Return what each of another number of ranks gets, so that their mean is the mean that there was."""
@@ -276,6 +280,16 @@ class Resumption:
         running = average_of_ranks([each["tables"]["_running_losses"] for each in everyone])
         gradients = average_of_ranks([each["gradients"] for each in everyone])
         return {**own, "tables": {**own["tables"], "_running_losses": running}, "gradients": gradients}
+
+
+def _has_any(changes: list[dict[str, Any]]) -> bool:
+    """Whether something of a rank is among what it has otherwise than rank 0, and not only less."""
+    found = [change.get("value", change.get("keys")) for change in changes]
+    return not all(isinstance(value, dict | list) and not value for value in found)
+
+
+def _what_is_there(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def is_in_parts(path: Path) -> bool:
