@@ -184,7 +184,8 @@ def measure_saves(num_saves: int) -> list[float]:
         generators = dict(get_rng_state_dict())
 
         def together() -> None:
-            own = {"tables": tables_of(model), "model": model.state_dict(), "data": dict(loader.state_dict())}
+            own = {"tables": tables_of(model), "model": model.state_dict(), "plugins": {}}
+            own["data"] = dict(loader.state_dict())
             states_of_ranks(ranks, model, generators, own)
 
         gathers = [timed(together) for _ in range(20)]
