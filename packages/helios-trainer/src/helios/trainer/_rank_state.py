@@ -72,14 +72,10 @@ def states_of_ranks(
         for key, value in own.items()
     }
     of_first = ranks.on_first(lambda: digests)
-    differing: dict[str, Any] = {}
-    for key, value in own.items():
-        if key not in _IN_PARTS:
-            if digests[key] != of_first[key]:
-                differing[key] = value
-        elif changes := list(_changes(value, digests[key], of_first[key])):
-            differing[key] = changes
-    _refuse_other_shards(ranks, own, digests, of_first)
+    changes = {key: list(_changes(own[key], digests[key], of_first[key])) for key in _IN_PARTS}
+    _refuse_other_shards(ranks, digests, of_first, changes)
+    differing = {key: found for key, found in changes.items() if found}
+    differing |= {key: own[key] for key in own.keys() - set(_IN_PARTS) if digests[key] != of_first[key]}
     # Generators are on the CPU, and have thousands of numbers to look through.
     return ranks.gather({"rng": dict(generators), **_on_cpu(differing)})[1:]
 
@@ -120,9 +116,9 @@ def _fingerprints(model: Model) -> dict[_Place, str]:
 
     Of buffers it is their name: they are compared by themselves.
     """
-    found = {_place(tensor): _fingerprint(tensor) for tensor in _of_replicas(model)}
-    found |= {_place(buffer): f"buffer {name}" for name, buffer in lasting_buffers_of(model).items()}
-    return {place: text for place, text in found.items() if place}
+    found = {place: _fingerprint(tensor) for tensor in _of_replicas(model) if (place := _place(tensor))}
+    buffers = lasting_buffers_of(model).items()
+    return found | {place: f"buffer {name}" for name, buffer in buffers if (place := _place(buffer))}
 
 
 def _of_replicas(model: Model) -> Iterator[torch.Tensor]:
@@ -148,8 +144,6 @@ def _fingerprint(tensor: torch.Tensor) -> str:
 
     Of a large tensor its rows and columns are summed up, as if it had 1024 of these.
     """
-    if tensor.layout is not torch.strided or is_dtensor(tensor):
-        return ""
     plain = tensor.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
     words = plain[: plain.numel() // _BLOCK_BYTES * _BLOCK_BYTES]
     if words.storage_offset() % 8:
@@ -191,14 +185,16 @@ def _changes(
 
 
 def _refuse_other_shards(
-    ranks: Ranks, own: Mapping[str, Any], digests: Mapping[str, Any], of_first: Mapping[str, Any]
+    ranks: Ranks,
+    digests: Mapping[str, Any],
+    of_first: Mapping[str, Any],
+    changes: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> None:
     """Refuse, on all ranks, that one has shards elsewhere than rank 0, or beside what is otherwise there."""
     wrong: list[Any] = []
     for key in _IN_PARTS:
         wrong += sorted(_shards_in(digests[key]) ^ _shards_in(of_first[key]), key=str)
-        changes = _changes(own[key], digests[key], of_first[key])
-        wrong += [change["path"] for change in changes if "value" in change and has_parts(change["value"])]
+        wrong += [change["path"] for change in changes[key] if has_parts(change.get("value"))]
     for rank, paths in enumerate(ranks.all_gather(wrong[:1])):
         if paths:
             place = " > ".join(map(repr, paths[0]))

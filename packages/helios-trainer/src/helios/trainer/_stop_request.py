@@ -41,8 +41,7 @@ class StopRequest:
 
     def withdraw(self) -> None:
         """Forget that somebody asked: another run begins."""
-        self.is_made = False
-        self.signal = None
+        self.is_made, self.signal = False, None
 
     def __str__(self) -> str:
         return "request_stop()" if self.signal is None else self.signal.name

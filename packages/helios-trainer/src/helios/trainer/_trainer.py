@@ -231,13 +231,11 @@ class Trainer:
     def _fit(self, model: Model, datamodule: DataModule) -> "_Outcome":
         self._introduce(model, datamodule)
         if self._spawns:
-            listens = (
-                self.settings.save_root is not None
-            )  # else there is nothing to do before the processes end
+            # Without checkpoints there is nothing to do before the processes end.
+            listens = self.settings.save_root is not None
             outcome = self._launch(_fit_rank, model, datamodule, listens=listens)
-            if (
-                outcome.stopped_by is None and self._stop_flag.value > 0
-            ):  # it came when no rank looked any more
+            # One may have come when no rank looked any more.
+            if outcome.stopped_by is None and self._stop_flag.value > 0:
                 outcome = replace(outcome, stopped_by=signal.Signals(self._stop_flag.value))
             return outcome
         with self._in_group() as owns, rehearsing(self.settings) as settings:
